@@ -1,0 +1,1 @@
+"""What StyleLoom knows about tensors. Nothing in here imports the host."""
