@@ -1,0 +1,111 @@
+"""The reader of safetensors: what it takes, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from styleloom.weights.errors import StyleLoomError
+from styleloom.weights.tensor_file import TensorFile, fingerprint, read_header, write_tensor_file
+
+
+def _raw(path, header: dict | bytes, data: bytes = b"", length: int | None = None):
+    body = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(body) if length is None else length) + body + data)
+    return path
+
+
+def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64]))
+def test_reads_what_the_library_writes(tmp_path_factory, shapes, dtype):
+    path = tmp_path_factory.mktemp("st") / "a.safetensors"
+    tensors = {f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
+    save_file(tensors, str(path), metadata={"a": "b"})
+    header = read_header(path)
+    assert header.metadata == {"a": "b"}
+    assert header.shapes == {key: tuple(value.shape) for key, value in tensors.items()}
+    with TensorFile(header) as file:
+        for key, value in tensors.items():
+            assert file[key].dtype == dtype and torch.equal(file[key].double(), value.double())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "only 0 bytes long"),
+        (b"PK\x03\x04" + b"\0" * 60, "pickled PyTorch file"),
+        (b"\x80\x02}q\x00" + b"\0" * 60, "pickled PyTorch file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"<!doctype html><html><body>Login</body></html>", "a web page"),
+        (b"\x01" * 64, "first bytes are not those of a safetensors file"),
+    ],
+)
+def test_other_kinds_of_file_are_named(tmp_path, content, words):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(StyleLoomError, match=words) as error:
+        read_header(path)
+    assert "model.safetensors" in error.value.found and error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({"x": _entry(offsets=(0, 8))}, b"\0" * 4, "truncated: the header promises 8 bytes of tensors and the file holds 4"),
+        ({"x": _entry(shape=(3,))}, b"\0" * 8, "'x' the shape \\[3\\] in F32 and 8 bytes, which do not fit"),
+        ({"x": _entry(shape=(-2,))}, b"\0" * 8, "do not fit"),
+        ({"x": _entry(), "y": _entry()}, b"\0" * 8, "puts 'y' at byte 0 of the data, where 8 is due"),
+        ({"x": _entry(offsets=(4, 12))}, b"\0" * 12, "puts 'x' at byte 4 of the data, where 0 is due"),
+        ({"x": _entry()}, b"\0" * 12, "4 bytes follow the last tensor"),
+        ({"x": _entry(dtype="Q4")}, b"\0" * 8, "unknown dtype 'Q4'"),
+        ({"x": {"dtype": "F32"}}, b"", "entry for 'x' is malformed"),
+        (b"{nonsense}", b"", "not valid JSON"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, header, data, words):
+    with pytest.raises(StyleLoomError, match=words):
+        read_header(_raw(tmp_path / "m.safetensors", header, data))
+
+
+def test_a_truncated_download_is_refused_at_every_length(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(4, 4), "b": torch.ones(3)}, str(path))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StyleLoomError):
+            read_header(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(StyleLoomError, match="no such file"):
+        read_header(tmp_path / "none.safetensors")
+
+
+def test_fingerprint_follows_the_content_and_not_the_name(tmp_path):
+    tensors = {"a": torch.arange(4096.0), "b": torch.ones(3)}
+    for name, change in (("one", 0), ("two", 0), ("three", 1)):
+        save_file({**tensors, "b": tensors["b"] + change}, str(tmp_path / name))
+    one, two, three = (fingerprint(read_header(tmp_path / name)) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(Exception):
+        write_tensor_file(target, {"a": torch.ones(1)}, {"number": 1})
+    assert list(tmp_path.iterdir()) == []
+    write_tensor_file(target, {"a": torch.ones(3, 2).T}, {"k": "v"})
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert torch.equal(load_file(str(target))["a"], torch.ones(2, 3))

@@ -1,0 +1,132 @@
+"""From embeddings to low-rank factors, streamed from the predictor's file.
+
+For one picture with the embedding x (in_dim), and for predictors with a residual branch its residual vector r,
+
+    A = reshape(W_out_a (W_in_a x + r), (rank, a_width))    B = reshape(W_out_b (W_in_b x + r), (b_width, rank))
+    r = W_res_out · flatten(W_res_in · (0.05 · hidden))     hidden (tokens, text_width), once per block
+
+(row-major; no biases, no activation; i2L v1 as in DiffSynth-Studio's `*_image2lora.py`.) Every weight is used exactly
+once for all pictures, so the file is read once, in its own order, and nothing of it stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch.nn.functional import linear
+
+from ..errors import StyleLoomError
+from ..lora.factors import Factors
+from ..tensor_file import TensorFile
+from .layouts import PredictorSpec, targets
+
+ARITHMETICS = ("reference", "fp32")
+RESIDUAL_SCALE = 0.05
+
+
+def _apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (N, in) times weight (out, in), in x's dtype. In bf16 one picture after another, as published: a batched
+    product may round differently, and a picture's LoRA must not depend on its neighbours."""
+    weight = weight.to(x.dtype)
+    if x.dtype == torch.bfloat16:
+        return torch.cat([linear(row, weight) for row in x.split(1)])
+    return linear(x, weight)
+
+
+def _residual(file: TensorFile, block: str, hidden: torch.Tensor) -> torch.Tensor:
+    """(N, tokens, text_width) → (N, compress)."""
+    w_in = file[f"{block}.proj_residual.proj_in.weight"].to(hidden.dtype)
+    h = torch.stack([linear(tokens, w_in) for tokens in hidden])
+    return _apply(h.flatten(1), file[f"{block}.proj_residual.proj_out.weight"])
+
+
+def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden: torch.Tensor | None) -> None:
+    name = file.header.name
+    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != spec.in_dim:
+        raise StyleLoomError(
+            f"the references are {list(x.shape)}, which {name} cannot read", f"(pictures, {spec.in_dim})",
+            "Encode the references with the two image encoders that belong to this predictor "
+            "(SigLIP2-G384 and DINOv3-7B for the published ones).")
+    r = spec.residual
+    if r is None:
+        return
+    if hidden is None:
+        raise StyleLoomError(
+            f"{name} also reads the text encoder's view of the pictures (residual_{r.kind}), which the references lack",
+            f"references encoded with Qwen-Image's text encoder ({r.tokens} tokens of {r.text_width})",
+            "Connect Qwen-Image's CLIP (with its vision part) to Encode References.")
+    if tuple(hidden.shape) != (x.shape[0], r.tokens, r.text_width):
+        raise StyleLoomError(
+            f"residual_{r.kind} of the references is {list(hidden.shape)}, which {name} cannot read",
+            f"({x.shape[0]}, {r.tokens}, {r.text_width})",
+            "Encode the references with the text encoder that belongs to this predictor (Qwen2.5-VL 7B).")
+
+
+def _check_finite(file: TensorFile, stored: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if all(bool(t.isfinite().all()) for t in pair):
+        return
+    keys = [key for key in file.header.tensors if key.startswith(stored.rsplit(".layers.", 1)[0] + ".")]
+    bad = [key for key in keys if not bool(file[key].float().isfinite().all())]
+    where = f"its tensor {bad[0]} holds NaN or infinity" if bad else f"{stored} overflows for these references"
+    raise StyleLoomError(f"{file.header.name}: {where}", "finite numbers",
+                         "Download the predictor again." if bad else "Use the arithmetic fp32.")
+
+
+def decode(
+    file: TensorFile,
+    spec: PredictorSpec,
+    embeddings: torch.Tensor,
+    hidden: torch.Tensor | None = None,
+    arithmetic: str = "reference",
+    on_target: Callable[[], None] | None = None,
+) -> dict[str, list[Factors]]:
+    """Predict one LoRA per picture.
+
+    Args:
+        file: the open predictor.
+        spec: what its header says.
+        embeddings: (N, in_dim), any float dtype, SigLIP2 before DINOv3.
+        hidden: (N, tokens, text_width) hidden states of the text encoder, for predictors with a residual branch;
+            ignored by the others, as in the reference.
+        arithmetic: "reference" is bf16 with rounding between the two maps, one picture after another; "fp32" upcasts
+            the weights and rounds nothing.
+        on_target: called after each target; what it raises stops the decoding and leaves nothing behind.
+
+    Returns:
+        By target name, in the published order, one pair per picture: down (rank, a_width), up (b_width, rank), bf16
+        or fp32 after the arithmetic.
+
+    Raises:
+        StyleLoomError: wrong shape of the references, residual missing, NaN in the file.
+    """
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic must be one of {ARITHMETICS}, got {arithmetic!r}")
+    _check_inputs(file, spec, embeddings, hidden)
+    dtype = torch.bfloat16 if arithmetic == "reference" else torch.float32
+    x = embeddings.to(device="cpu", dtype=dtype)
+    if spec.residual is not None:
+        hidden = hidden.to(device="cpu", dtype=dtype) * RESIDUAL_SCALE
+
+    everything = list(targets(spec.family))
+    found: dict[str, list[Factors]] = {}
+    # In the order in which the blocks lie in the file: a cold disk then reads ahead.
+    start = file.header.tensors
+    blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
+    blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
+    for block, group in blocks:
+        residual = _residual(file, block, hidden) if spec.residual is not None else None
+        for target in group:
+            factors = []
+            for factor, shape in (("proj_a", (spec.rank, spec.widths[target.a_width])),
+                                  ("proj_b", (spec.widths[target.b_width], spec.rank))):
+                h = _apply(x, file[f"{target.stored}.{factor}.proj_in.weight"])
+                if residual is not None:
+                    h = h + residual
+                factors.append(_apply(h, file[f"{target.stored}.{factor}.proj_out.weight"]).unflatten(1, shape))
+            _check_finite(file, target.stored, factors)
+            found[target.name] = [Factors(down, up) for down, up in zip(*factors)]
+            if on_target is not None:
+                on_target()
+    return {target.name: found[target.name] for target in everything}

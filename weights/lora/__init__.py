@@ -1,0 +1,1 @@
+"""What a LoRA is: names, factors, algebra, files."""

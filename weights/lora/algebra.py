@@ -1,0 +1,49 @@
+"""Exact algebra on factors; the change `up @ down` itself is never formed."""
+
+from __future__ import annotations
+
+import torch
+
+from .factors import Factors
+
+
+def frobenius_norm(pair: Factors) -> float:
+    """‖up·down‖_F, from the two rank×rank Grams: ‖BA‖² = tr((BᵀB)(AAᵀ)). Computed in fp32 or better."""
+    down, up = (t if t.dtype == torch.float64 else t.float() for t in pair)
+    squared = ((up.T @ up) * (down @ down.T)).sum()
+    return float(squared.clamp_min(0).sqrt())
+
+
+def truncate(pair: Factors, max_rank: int) -> Factors:
+    """The best approximation of `up @ down` of at most `max_rank` in the Frobenius norm (Eckart-Young).
+
+    With up = Q_b R_b and downᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ is that of the product; its root goes to
+    each side.
+
+    Args:
+        pair: down (rank, in), up (out, rank).
+        max_rank: at least 1; a pair that is no larger comes back as it is.
+
+    Returns:
+        Factors of the input's dtype.
+    """
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1, got {max_rank}")
+    if pair.rank <= max_rank:
+        return pair
+    dtype = pair.down.dtype
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    q_up, r_up = torch.linalg.qr(pair.up.to(work))
+    q_down, r_down = torch.linalg.qr(pair.down.to(work).T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    k = min(max_rank, s.numel())  # a factor can be longer than its matrix is wide
+    root = s[:k].sqrt()
+    up = q_up @ (u[:, :k] * root)
+    down = (root[:, None] * vh[:k]) @ q_down.T
+    return Factors(down.to(dtype), up.to(dtype))
+
+
+def concatenate(pairs: list[Factors], scales: list[float]) -> Factors:
+    """Σ scaleᵢ·upᵢ·downᵢ as one pair of rank Σ rankᵢ. Scales go to `down`, in fp32 with one rounding to its dtype."""
+    down = torch.cat([(p.down.float() * s).to(p.down.dtype) if s != 1 else p.down for p, s in zip(pairs, scales)])
+    return Factors(down, torch.cat([p.up for p in pairs], dim=1))
