@@ -146,8 +146,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)  # row by row, from the top left
-        prefix = [like(token, patches).expand(patches.shape[0], -1, -1) for token in (self.cls_token, self.register_tokens)]
-        return torch.cat((*prefix, patches), dim=1)
+        prefix = [like(token, patches) for token in (self.cls_token, self.register_tokens)]
+        return torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
 
 class _SelfAttention(nn.Module):
@@ -208,7 +208,9 @@ class DINOv3Vision(nn.Module):
         dtype, device: of the parameters.
     """
 
-    def __init__(self, config: DINOv3Config, operations=nn, attention: Attention = plain_attention, dtype=None, device=None):
+    def __init__(
+        self, config: DINOv3Config, operations=nn, attention: Attention = plain_attention, dtype=None, device=None
+    ):
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.config = config

@@ -3,6 +3,10 @@
 Both encoders see the same square crop of 1024 pixels, made by PIL on 8-bit values, and shrink it each in its
 own way. PIL (which the host brings) is used because the published embeddings are of its rounding: resizing
 in floats, or in one step, gives other numbers.
+
+PIL resizes in two passes, each rounded to 8 bits: along the rows and then along the columns, when the
+predictors were made. Since Pillow 13 a picture that gets flatter may be done in the other order, which moves
+up to a tenth of the values by one. So the two passes are asked for one by one here.
 """
 
 from __future__ import annotations
@@ -69,25 +73,30 @@ def to_uint8(image: torch.Tensor, name: str = "The image") -> np.ndarray:
     return pixels
 
 
+def _along_rows(image: Image.Image, width: int, resample=Image.Resampling.BILINEAR) -> Image.Image:
+    return image.resize((width, image.height), resample)
+
+
+def _along_columns(image: Image.Image, height: int, resample=Image.Resampling.BILINEAR) -> Image.Image:
+    return image.resize((image.width, height), resample)
+
+
 def crop_and_resize(pixels: np.ndarray, side: int) -> np.ndarray:
     """The centre square of uint8 (height, width, 3), its short side made `side`: uint8 (side, side, 3).
 
     As published: the whole picture is resized by max(side/width, side/height) with PIL's bilinear filter, up
-    or down, sizes rounded to even, and then cropped around the middle. PIL resizes rows first, then columns,
-    each rounded to 8 bits; doing the two passes apart and cropping in between gives the same bits without
-    holding the long enlarged picture.
+    or down, sizes rounded to even, and then cropped around the middle. Cropping between the two passes, and
+    doing the second in strips, gives the same bits without holding a long enlarged picture.
     """
     height, width, _ = pixels.shape
     scale = max(side / width, side / height)
     new_height, new_width = round(height * scale), round(width * scale)
     top, left = round((new_height - side) / 2), round((new_width - side) / 2)
-    rows = Image.fromarray(pixels).resize((new_width, height), Image.Resampling.BILINEAR)
-    rows = rows.crop((left, 0, left + side, height))
+    rows = _along_rows(Image.fromarray(pixels), new_width).crop((left, 0, left + side, height))
     result = Image.new("RGB", (side, side))
     step = max(1, min(side, _STRIP // new_height))
     for x in range(0, side, step):
-        strip = rows.crop((x, 0, min(x + step, side), height))
-        strip = strip.resize((strip.width, new_height), Image.Resampling.BILINEAR)
+        strip = _along_columns(rows.crop((x, 0, min(x + step, side), height)), new_height)
         result.paste(strip.crop((0, top, strip.width, top + side)), (x, 0))
     return np.asarray(result)
 
@@ -109,7 +118,7 @@ def _check_crop(crop: np.ndarray) -> None:
 def siglip_pixels(crop: np.ndarray) -> torch.Tensor:
     """What SigLIP2 sees of the 1024 crop: fp32 (3, 384, 384), PIL bilinear in 8 bits, then -1…1."""
     _check_crop(crop)
-    small = Image.fromarray(crop).resize((SIGLIP_SIDE, SIGLIP_SIDE), Image.Resampling.BILINEAR)
+    small = _along_columns(_along_rows(Image.fromarray(crop), SIGLIP_SIDE), SIGLIP_SIDE)
     values = (np.asarray(small) * (1 / 255)).astype(np.float32)
     values = (values - np.float32(0.5)) / np.float32(0.5)
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
@@ -145,8 +154,9 @@ def residual_image(pixels: np.ndarray, kind: str) -> np.ndarray:
     if kind == "coarse":
         return crop_and_resize(pixels, COARSE_SIDE)
     if kind == "fine":
-        crop = Image.fromarray(crop_1024(pixels))
-        return np.asarray(crop.resize((FINE_SIDE, FINE_SIDE), Image.Resampling.BICUBIC))
+        cubic = Image.Resampling.BICUBIC
+        rows = _along_rows(Image.fromarray(crop_1024(pixels)), FINE_SIDE, cubic)
+        return np.asarray(_along_columns(rows, FINE_SIDE, cubic))
     raise StyleLoomError(f"Unknown residual {kind!r}.", '"coarse" or "fine"', "Choose one of the two.")
 
 

@@ -54,11 +54,13 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]], file: str = "") -> S
     positions, _ = shape_of(shapes, "embeddings.position_embedding.weight", 2, file, WHAT)
     mlp, _ = shape_of(shapes, BLOCKS + "0.mlp.fc1.weight", 2, file, WHAT)
     layers = count_blocks(shapes, BLOCKS)
+    side = isqrt(positions)
     for name, found, right in (
         ("colour channels", channels, 3),
         ("a patch height", height, PATCH),
         ("a patch width", width, PATCH),
-        ("a picture side in patches", isqrt(positions) if isqrt(positions) ** 2 == positions else positions, IMAGE // PATCH),
+        ("a table of positions", positions, side * side),
+        ("a picture side in patches", side, IMAGE // PATCH),
         (f"a width (mod {HEAD_DIM})", hidden % HEAD_DIM, 0),
     ):
         if found != right:
@@ -204,7 +206,9 @@ class SigLIP2Vision(nn.Module):
         dtype, device: of the parameters.
     """
 
-    def __init__(self, config: SigLIP2Config, operations=nn, attention: Attention = plain_attention, dtype=None, device=None):
+    def __init__(
+        self, config: SigLIP2Config, operations=nn, attention: Attention = plain_attention, dtype=None, device=None
+    ):
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.config = config

@@ -16,7 +16,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 OnBlock = Callable[[int, int], None]
 
 # How quantised files name what goes with a weight. Reading such a weight without its scale gives noise.
-_SCALINGS = re.compile(r"(scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant|scaled_fp8|quant_state.*)$")
+_SCALINGS = re.compile(r"(scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant|scaled_fp8)$")
 _SHOWN = 3
 
 

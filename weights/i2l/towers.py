@@ -25,7 +25,7 @@ _OTHERS = (
     ("lora_A.", "a LoRA"),
     ("lora_down.", "a LoRA"),
     ("text_model.", "a CLIP or SigLIP file with its text part"),
-    ("vision_model.", "a CLIP or SigLIP vision file with keys under vision_model., as the stock Load CLIP Vision takes it"),
+    ("vision_model.", "a CLIP or SigLIP vision file for the stock Load CLIP Vision (keys under vision_model.)"),
     ("embeddings.patch_embeddings.projection.", "a DINOv2 or ViT file"),
     ("model.layer.", "a DINOv3 file saved under other names (model.layer.…)"),
     ("diffusion_model.", "a diffusion model"),

@@ -1,0 +1,22 @@
+"""The list of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .host import folders
+from .i2l_encoders import EncodeReferences, GrayReferences, LoadImageEncoders
+from .i2l_predictor import ImageToLoRA, LoadPredictor
+from .i2l_references import LoadReferences, SaveReferences
+from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
+
+
+class StyleLoomExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            LoadPredictor, LoadImageEncoders, EncodeReferences, SaveReferences, LoadReferences, GrayReferences,
+            ImageToLoRA, LoadLoRA, SaveLoRA, ApplyLoRA,
+        ]

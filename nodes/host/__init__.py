@@ -1,0 +1,1 @@
+"""The few adapters to the host, one file for each thing adapted."""

@@ -1,0 +1,107 @@
+"""Patching a model with a LoRA through the host's own loaders, without losing a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+
+from ...weights.errors import StyleLoomError
+
+
+def _stem(key: str, key_map: Mapping) -> str | None:
+    """The name in the host's key map that a LoRA key belongs to: a dotted beginning of it."""
+    at = key.find(".")
+    while at != -1:
+        if key[:at] in key_map:
+            return key[:at]
+        at = key.find(".", at + 1)
+    return None
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _check_shape(root, target, adapter) -> str:
+    """What is wrong with the shape of a plain low-rank patch, or ''. Other kinds the host checks when it patches."""
+    key, part = (target[0], target[1]) if isinstance(target, tuple) else (target, None)
+    weights = getattr(adapter, "weights", None)
+    if getattr(adapter, "name", "") != "lora" or weights[3] is not None or weights[5] is not None:
+        return ""
+    shape = list(comfy.utils.get_attr(root, key).shape)
+    if part is not None:
+        shape[part[0]] = part[2]
+    up, down = weights[0], weights[1]
+    inner = 1
+    for size in shape[1:]:
+        inner *= size
+    made = (up.shape[0], down[0].numel())
+    return "" if made == (shape[0], inner) else f"{key} is {shape} and its LoRA makes {list(made)}"
+
+
+def apply_lora(model, clip, lora, strength: float, strength_clip: float):
+    """Clone and patch.
+
+    Args:
+        model: MODEL.
+        clip: CLIP or None.
+        lora: LORA_MODEL in any format that the host reads.
+
+    Returns:
+        (MODEL, CLIP or None, report). With strength 0 the object given comes back.
+
+    Raises:
+        StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches.
+    """
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    on_model = set(key_map)
+    if clip is not None:
+        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
+    converted = comfy.lora_convert.convert_lora(dict(lora))
+    stems = {key: _stem(key, key_map) for key in converted}
+    unknown = [key for key, stem in stems.items() if stem is None]
+    name = type(model.model).__name__
+    if unknown:
+        text = [key for key in unknown if key.startswith(("lora_te", "text_encoder", "text_model", "te."))]
+        raise StyleLoomError(
+            f"{len(unknown)} of the LoRA's {len(converted)} keys find no place in this {name} model: {_some(unknown)}",
+            f"a LoRA for {name}" + ("" if clip is not None or not text else ", with the text encoder in clip"),
+            "Use the LoRA with the model that it was made for." if clip is not None or len(text) < len(unknown) else
+            "Connect clip: these keys are for the text encoder.")
+    patches = comfy.lora.load_lora(converted, key_map)
+    lost = sorted({stem for stem in stems.values() if key_map[stem] not in patches})
+    if lost:
+        raise StyleLoomError(f"{len(lost)} patches are incomplete or of an unknown kind: {_some(lost)}",
+                             "both halves of every patch", "The LoRA file is damaged, or of a format that this ComfyUI "
+                             "does not know: update ComfyUI, or export the LoRA again.")
+    unet_targets = {key_map[stem] for stem in on_model}
+    wrong = [_check_shape(model.model if target in unet_targets else clip.cond_stage_model, target, adapter)
+             for target, adapter in patches.items()]
+    wrong = [problem for problem in wrong if problem]
+    if wrong:
+        raise StyleLoomError(f"{len(wrong)} patches have another size than this {name} model: {wrong[0]}",
+                             "a LoRA for a model of this width", "Use the LoRA with the model that it was made for.")
+
+    lines = []
+    patched, patched_clip = model, clip
+    if strength != 0:
+        patched = model.clone()
+        done = set(patched.add_patches(patches, strength))
+        lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
+    else:
+        done = set()
+        lines.append(f"strength 0: {name} is left as it is")
+    if clip is not None:
+        patched_clip = clip.clone() if strength_clip != 0 else clip
+        done_clip = set(patched_clip.add_patches(patches, strength_clip)) if strength_clip != 0 else set()
+        lines.append(f"{len(done_clip)} patches on the text encoder at strength {strength_clip:g}")
+        done |= done_clip
+    missed = [target for target in patches if target not in done]
+    if missed and strength != 0 and (clip is None or strength_clip != 0):
+        raise StyleLoomError(f"{len(missed)} patches were not taken: {_some(map(str, missed))}", f"a LoRA for {name}",
+                             "Use the LoRA with the model that it was made for.")
+    return patched, patched_clip, "\n".join(lines)

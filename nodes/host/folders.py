@@ -1,0 +1,93 @@
+"""Where files are: only through the host's folder paths.
+
+`models/i2l` is ours; the others are where people already keep these files, so that nobody moves 30 GB. Everything is
+listed by its path relative to the folder, as all published files have the name `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+from ...weights.errors import StyleLoomError
+
+PREDICTORS = "i2l"
+ENCODERS = "i2l_encoders"
+REFERENCES = "i2l_references"
+LORAS = "loras"
+
+# In use by other packs for the same files: yipeeka and gajjar4, mxli-1999, HM-RunningHub.
+_IN_USE = ("I2L", "z_image_i2l", "DiffSynth-Studio")
+_EXTENSIONS = {".safetensors"}
+# An interrupted ModelScope download leaves its parts in a folder of this name, in the published repository too.
+_PARTIAL = "._____temp"
+
+
+def _register(category: str, paths: list[str]) -> None:
+    """Add folders to a category, keeping what the user's extra_model_paths.yaml put there, which comes first."""
+    known = folder_paths.folder_names_and_paths.get(category, ([], set()))[0]
+    merged: list[str] = []
+    for path in [*known, *paths]:
+        # `models/I2L` is `models/i2l` where the file system ignores case.
+        if not any(path == other or (os.path.isdir(path) and os.path.isdir(other) and os.path.samefile(path, other))
+                   for other in merged):
+            merged.append(path)
+    folder_paths.folder_names_and_paths[category] = (merged, set(_EXTENSIONS))
+
+
+def register() -> None:
+    """Make the pack's folders known to the host; looks into none of them."""
+    models = folder_paths.models_dir
+    _register(PREDICTORS, [os.path.join(models, PREDICTORS), *(os.path.join(models, name) for name in _IN_USE)])
+    _register(ENCODERS, [*folder_paths.get_folder_paths(PREDICTORS), *folder_paths.get_folder_paths("clip_vision")])
+    _register(REFERENCES, [os.path.join(models, REFERENCES),
+                           os.path.join(folder_paths.get_output_directory(), REFERENCES)])
+
+
+def listed(category: str) -> list[str]:
+    """Names that a drop-down offers, through the host's cached listing."""
+    return [name for name in folder_paths.get_filename_list(category) if _PARTIAL not in name]
+
+
+def find(category: str, name: str) -> str:
+    """The path of a listed file.
+
+    Raises:
+        StyleLoomError: the name is not one of the listed (which keeps `..` and absolute paths out as well).
+    """
+    path = folder_paths.get_full_path(category, name) if name in listed(category) else None
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(category))
+        raise StyleLoomError(f"{name!r} is not there", f"a file in one of: {folders}",
+                             "Put the file there, press R in the browser to read the folders again, and choose it.")
+    return path
+
+
+def state(category: str, name: str) -> str:
+    """Changes when the file does; for `fingerprint_inputs`, which must not fail on a missing file."""
+    path = folder_paths.get_full_path(category, name)
+    if path is None:
+        return f"{name}: missing"
+    found = os.stat(path)
+    return f"{path}:{found.st_size}:{found.st_mtime_ns}"
+
+
+def save_path(prefix: str, inside: str = "") -> tuple[str, str]:
+    """Where to save next: (path, path relative to the output folder), numbered as the host numbers its files.
+
+    Args:
+        prefix: what the artist typed; may name subfolders and the host's %date% placeholders.
+        inside: a folder under output that the prefix stays in.
+
+    Raises:
+        StyleLoomError: empty, absolute, or leaving the output folder.
+    """
+    parts = prefix.replace("\\", "/").split("/")
+    if not parts[-1].strip() or ".." in parts or os.path.isabs(prefix) or ":" in prefix:
+        raise StyleLoomError(f"filename_prefix is {prefix!r}", "a name, with folders if you like, inside output",
+                             "Write for example: loras/my_style")
+    output = folder_paths.get_output_directory()
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(os.path.join(inside, prefix), output)
+    file = f"{name}_{counter:05}_.safetensors"
+    return os.path.join(folder, file), os.path.join(subfolder, file)

@@ -1,0 +1,13 @@
+"""The pack's own types on a wire. A LoRA travels as the host's LORA_MODEL."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+Predictor = io.Custom("I2L_PREDICTOR")
+Encoders = io.Custom("I2L_ENCODERS")
+References = io.Custom("I2L_REFERENCES")
+LoRA = io.Custom("LORA_MODEL")
+
+CATEGORY = "StyleLoom/image to LoRA"
+CATEGORY_LORA = "StyleLoom/LoRA"

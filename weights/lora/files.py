@@ -1,0 +1,61 @@
+"""LoRA files: is it one, and writing one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import StyleLoomError
+from ..tensor_file import write_tensor_file
+
+PRECISIONS = {"as it is": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# By these a tensor is part of an adapter, in every spelling that the host's loaders know.
+_MARKS = ("lora_", ".lora.", "lokr_", "hada_", "oft_blocks", "oft_diag", "boft", "dora_scale", ".diff", ".set_weight",
+          ".w_norm", ".b_norm", ".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
+
+
+def check_lora(tensors: Mapping[str, torch.Tensor], file: str) -> None:
+    """Raise StyleLoomError where the tensors of a file are no LoRA (or LoHa, LoKr, OFT, difference patch), are none at
+    all, or hold NaN or infinity."""
+    strange = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    adapter = [key for key in tensors if any(mark in key for mark in _MARKS)]
+    if strange or not adapter or len(adapter) * 2 < len([key for key in tensors if not key.endswith(".alpha")]):
+        first = ", ".join(list(map(str, tensors))[:3]) or "none"
+        raise StyleLoomError(
+            f"{file}: this is no LoRA: {len(adapter)} of its {len(tensors)} tensors are part of one (first: {first})",
+            "a LoRA, LoCon, LoHa, LoKr, OFT or GLoRA file",
+            "Choose a LoRA. A checkpoint or diffusion model belongs into its own loader.")
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+            raise StyleLoomError(f"{file}: the tensor {key!r} holds NaN or infinity", "finite numbers",
+                                 "The training of this LoRA diverged, or the file is damaged: use an earlier save of "
+                                 "it, or download it again.")
+
+
+def save_lora(path: str | os.PathLike, lora: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
+              precision: str = "as it is") -> None:
+    """Write a LoRA that appears whole or not at all.
+
+    Args:
+        path: of the new .safetensors file.
+        lora: LORA_MODEL, tensors in LoRA-file keys; floats are cast, everything else stays.
+        metadata: strings for the header.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        StyleLoomError: an empty LoRA; values that the precision cannot hold.
+    """
+    if not lora:
+        raise StyleLoomError("the LoRA to save is empty", "at least one tensor", "Look at the node that makes it.")
+    dtype = PRECISIONS[precision]
+    tensors = {}
+    for key, value in lora.items():
+        cast = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        if cast.is_floating_point() and not bool(cast.float().isfinite().all()):
+            raise StyleLoomError(f"{key!r} has values that are not finite in {precision}", "finite numbers",
+                                 "Save as bf16 or fp32, or lower the strength that made this LoRA.")
+        tensors[key] = cast
+    write_tensor_file(path, tensors, dict(metadata))
