@@ -21,6 +21,10 @@ class Architecture:
 
 ARCHITECTURES = {
     "z-image": Architecture(diffusion.z_image_small, text.z_image_text, comfy.latent_formats.Flux),
+    "qwen-image": Architecture(diffusion.qwen_image_small, text.qwen_image_text, comfy.latent_formats.Wan21),
+    "sdxl": Architecture(diffusion.sdxl_small, text.sdxl_text, comfy.latent_formats.SDXL),
+    "sd1.5": Architecture(diffusion.sd15_small, text.sd15_text, comfy.latent_formats.SD15),
+    "flux2": Architecture(diffusion.flux2_small, text.flux2_text, comfy.latent_formats.Flux2),
 }
 
 

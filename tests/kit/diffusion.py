@@ -14,13 +14,24 @@ import comfy.supported_models
 import torch
 from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
 
+from .noise_path import through_tokens, through_unet
 from .weights_fill import constant, fill, gain
 
-Z_IMAGE_WIDTH, Z_IMAGE_MLP, Z_IMAGE_TEXT = 96, 256, 64
+Z_IMAGE_WIDTH, Z_IMAGE_TEXT = 96, 64
+QWEN_WIDTH, QWEN_TEXT = 32, 64
+SDXL_CLIP_L, SDXL_CLIP_G = 32, 48
+SD15_CLIP_L = 32
+FLUX2_WIDTH, FLUX2_TEXT = 256, 192  # the text side hands over three layers of width 64 side by side
+
+
+def _filled(model: comfy.model_base.BaseModel, seed: int, rules) -> torch.nn.Module:
+    """Sets every weight of `model` and returns its inner net; what is kept are schedules, set by their classes."""
+    fill(model, seed, rules, keep_buffers=lambda name: name.startswith(("model_sampling.", "noise_augmentor.")))
+    return model.eval().diffusion_model
 
 
 def _patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
-    model.eval().requires_grad_(False)
+    """Wraps the model as the host's loader does."""
     offload = comfy.model_management.unet_offload_device()
     model.to(offload)
     return comfy.model_patcher.CoreModelPatcher(
@@ -48,10 +59,90 @@ def z_image_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     # the embedder has to be made again at the size that the blocks expect.
     model.diffusion_model.t_embedder = TimestepEmbedder(
         Z_IMAGE_WIDTH, output_size=Z_IMAGE_WIDTH, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-    fill(model.diffusion_model, seed, (
-        (r"adaLN_modulation\.\d\.bias$", constant(0.3)),
+    net = _filled(model, seed, (
+        (r"adaLN_modulation\.\d\.bias$", constant(0.15)),
         (r"adaLN_modulation\.\d\.weight$", gain(0.3)),
-        (r"pad_token$", constant(1.0)),
+        (r"pad_token$|x_embedder\.bias$", constant(1.0)),
         (r"t_embedder\.mlp\.\d\.weight$", gain(1.4)),
     ))
+    through_tokens(net.x_embedder, net.final_layer.linear, -1.0, 0.3)  # the host takes this net's output negated
     return _patcher(model)
+
+
+def qwen_image_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """Qwen-Image: all 60 two-stream blocks at width 32 (3072 in the real one), two heads of 16."""
+    config = _config(comfy.supported_models.QwenImage, {
+        "image_model": "qwen_image", "in_channels": 64, "num_layers": 60, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": QWEN_TEXT, "axes_dims_rope": (4, 6, 6),
+    })
+    model = comfy.model_base.QwenImage(config)
+    net = _filled(model, seed, (
+        (r"_mod\.1\.weight$", gain(0.3)),
+        (r"_mod\.1\.bias$", constant(0.15)),
+        (r"img_in\.bias$", constant(1.0)),
+        (r"timestep_embedder\.linear_\d\.weight$", gain(1.4)),
+        (r"norm_out\.linear\.weight$", gain(0.3)),
+    ))
+    through_tokens(net.img_in, net.proj_out, 1.0, 0.3)
+    return _patcher(model)
+
+
+_UNET = {
+    "use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+    "in_channels": 4, "model_channels": 32, "use_temporal_attention": False, "use_temporal_resblock": False,
+}
+# A UNet's residual blocks and its transformers' output projections start at zero before training: half gain here,
+# so that 70 attention layers add up to about the size of what they are added to.
+_UNET_RULES = (
+    (r"(out_layers\.3|proj_out|to_out\.0|ff\.net\.2)\.weight$", gain(0.5)),
+    (r"(time_embed|label_emb\.0)\.\d\.weight$", gain(1.4)),
+)
+
+
+def sdxl_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """SDXL: the real block structure with all 70 cross-attentions, at 32 base channels (320 in the real one)."""
+    config = _config(comfy.supported_models.SDXL, {
+        **_UNET, "num_classes": "sequential", "adm_in_channels": SDXL_CLIP_G + 6 * 256, "num_res_blocks": [2, 2, 2],
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "channel_mult": [1, 2, 4], "transformer_depth_middle": 10,
+        "use_linear_in_transformer": True, "context_dim": SDXL_CLIP_L + SDXL_CLIP_G, "num_head_channels": 32,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    })
+    model = comfy.model_base.SDXL(config)
+    through_unet(_filled(model, seed, _UNET_RULES), 4, 0.1)
+    return _patcher(model)
+
+
+def sd15_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """SD1.5: the real block structure with its 16 cross-attentions, at 32 base channels (320 in the real one)."""
+    config = _config(comfy.supported_models.SD15, {
+        **_UNET, "adm_in_channels": None, "num_res_blocks": [2, 2, 2, 2],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "channel_mult": [1, 2, 4, 4], "transformer_depth_middle": 1,
+        "use_linear_in_transformer": False, "context_dim": SD15_CLIP_L, "num_heads": 8,
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    })
+    model = comfy.model_base.BaseModel(config)
+    through_unet(_filled(model, seed, _UNET_RULES), 4, 0.1)
+    return _patcher(model)
+
+
+def flux2_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """FLUX.2: 2 two-stream and 4 one-stream blocks of two real heads (width 256), everything else as in klein."""
+    config = _config(comfy.supported_models.Flux2, {
+        "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": FLUX2_WIDTH // 128, "mlp_ratio": 3.0,
+        "theta": 2000, "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False,
+        "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3],
+        "in_channels": 128, "hidden_size": FLUX2_WIDTH, "context_in_dim": FLUX2_TEXT, "patch_size": 1,
+        "vec_in_dim": None, "depth": 2, "depth_single_blocks": 4, "guidance_embed": False,
+    })
+    model = comfy.model_base.Flux2(config)
+    net = _filled(model, seed, (
+        (r"modulation.*\.lin\.weight$", gain(0.6)),
+        (r"time_in\..*\.weight$", gain(1.4)),
+    ))
+    through_tokens(net.img_in, net.final_layer.linear, 1.0, 0.3)
+    return _patcher(model)
+
+
+def flux2_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The same FLUX.2 as a state dict, with the names that the stock UNETLoader reads."""
+    return flux2_small(seed).model.diffusion_model.state_dict()

@@ -1,6 +1,7 @@
 """Writes small SigLIP2 and DINOv3 towers with the published key names (sizes: see `key_lists`).
 
-The scales make an untrained tower tell pictures apart: strong patches, weak positions, sharp pooling attention.
+Filters and scales make an untrained tower tell pictures apart: coarse contrasts seen strongly and plain brightness
+weakly, weak positions, sharp pooling attention.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ SIGLIP_HEAD_DIM = 96
 DINO_HEAD_DIM = 128
 
 
+def _patch_filters(key: str, shape: Shape, seed: int) -> torch.Tensor:
+    """Random 4 × 4 contrasts over the 16 × 16 pixels of a patch, with a tenth of their mean left."""
+    coarse = normal(seed, key, (*shape[:2], 4, 4), 0.15)
+    coarse -= 0.9 * coarse.mean((2, 3), keepdim=True)
+    return coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
 def _tensor(key: str, shape: Shape, seed: int, dtype: torch.dtype) -> torch.Tensor:
     leaf = key.rsplit(".", 1)[-1]
     mean = std = 0.0
     if "position_embedding" in key:
         std = 0.1
     elif "patch_embedding" in key and leaf == "weight":
-        # Pixels next to each other are alike: an unweighted sum over 16 × 16 of them is far larger than their
-        # number's root, so 3 channels × 256 pixels count as about 3 × 16 independent ones.
-        std = 1.0 / math.sqrt(3 * 16)
-    elif leaf in ("cls_token", "mask_token", "register_tokens", "probe"):
+        return _patch_filters(key, shape, seed).to(dtype)
+    elif leaf == "cls_token":
+        std = 0.3  # small, so that what it gathers from the patches outweighs it
+    elif leaf in ("mask_token", "register_tokens", "probe"):
         std = 1.0
     elif leaf == "lambda1":
-        mean, std = 0.5, 0.05
+        mean, std = 1.0, 0.05
     elif "norm" in key and leaf == "weight":
         mean, std = 1.0, 0.05
     elif leaf == "in_proj_bias" or leaf == "bias":
