@@ -1,0 +1,108 @@
+"""What the demo shows: progress while the host works, and plain words at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from .common import ROOT
+
+ABOUT = """
+What happened: reference pictures, real ones that come with ComfyUI's own templates, went through two image
+encoders; the Image-to-LoRA Predictor turned what they saw into a LoRA in one pass, without training; the LoRA was
+written to a file, and ComfyUI made a picture with it.
+What is real and what is not: every step, shape and file is what the published models go through. The models here
+are small and untrained (seeded random numbers; no weights are downloaded), so the pictures can only be abstract.
+Look at how much the LoRA moved the image, and at its targets, ranks and norms. With the real models (see
+README.md) the same nodes give the style of your references."""
+
+
+def title(prompt: dict, node: str) -> str:
+    """What a node is called: its title in the workflow, else its class. Id "5.0.1" is part of what 5 expanded to."""
+    entry = prompt.get(node) or prompt.get(str(node).split(".")[0]) or {}
+    return entry.get("_meta", {}).get("title") or entry.get("class_type") or f"node {node}"
+
+
+class Progress:
+    """Shows the host's events: one line that rewrites itself on a terminal, one line per node elsewhere."""
+
+    def __init__(self, prompt: dict, stream=None):
+        self.prompt, self.stream = prompt, stream or sys.stdout
+        self.tty = self.stream.isatty()
+        self.node, self.seen, self.said, self.width = None, set(), 0.0, 0
+
+    def event(self, event: dict) -> None:
+        """Takes one event of Client.follow."""
+        kind, data = event["type"], event["data"]
+        if kind == "execution_cached":
+            self.seen.update(data.get("nodes", []))
+        elif kind == "executing" and data.get("node"):
+            self.node = str(data["node"])
+            self.seen.add(self.node)
+            self._show("", always=True)
+        elif kind == "progress" and data.get("max"):
+            done = data["value"] >= data["max"]
+            self._show(f" {100 * data['value'] // data['max']:.0f} %", always=done and self.tty)
+
+    def _show(self, percent: str, always: bool) -> None:
+        now = time.monotonic()
+        if self.node is None or not always and now - self.said < (0.1 if self.tty else 15):
+            return
+        self.said = now
+        count = min(len(self.seen), len(self.prompt))
+        line = f"  [{count}/{len(self.prompt)}] {title(self.prompt, self.node)}{percent}"
+        self.stream.write(f"\r{line:<{self.width}}" if self.tty else f"{line}\n")
+        self.width = len(line)
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Ends the line that rewrites itself."""
+        if self.tty and self.width:
+            self.stream.write("\n")
+            self.stream.flush()
+
+
+def describe(event: dict, prompt: dict) -> str:
+    """In words, why a prompt did not succeed, from its last event."""
+    data = event["data"]
+    if event["type"] == "execution_interrupted":
+        return f"The run was interrupted in {title(prompt, data.get('node_id'))}."
+    trace = "".join(data.get("traceback") or [])
+    return (f"{title(prompt, data.get('node_id'))} failed: {data.get('exception_type')}: "
+            f"{data.get('exception_message')}\n{trace}")
+
+
+def files_below(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Every file below `folder` with its size and time: two of these show what was written in between."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def texts(prompt: dict, record: dict) -> list[str]:
+    """The texts that nodes showed, each under its node's title. `record` is the host's history of the prompt."""
+    shown = []
+    for node, output in record.get("outputs", {}).items():
+        lines = [text for text in output.get("text") or [] if isinstance(text, str)]
+        if lines:
+            body = "\n".join(lines).strip().replace("\n", "\n    ")
+            shown.append(f"  {title(prompt, node)}:\n    {body}")
+    return shown
+
+
+def summary(prompt: dict, record: dict, written: list[Path], seconds: float, is_demo: bool) -> str:
+    """The plain words at the end: what was done, what the nodes said, and every file written."""
+    lines = [f"\nDone in {seconds:.1f} s."]
+    if is_demo:
+        lines.append(ABOUT)
+    said = texts(prompt, record)
+    if said:
+        lines += ["\nWhat the nodes said:", *said]
+    lines.append("\nWhere to look:" if written else "\nNo file was written.")
+    lines += [f"  {os.path.relpath(path, ROOT)}  ({_size(path.stat().st_size)})" for path in written]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
