@@ -67,10 +67,11 @@ def demo(serve: bool, port: int | None, workflow: Path) -> int:
         raise StepFailed(f"There is no {workflow}; expected a workflow in API format. Is the checkout whole?")
     prompt = json.loads(workflow.read_text("utf-8"))
     chosen, found = prepare(tests=False)
-    base = make_base(WORK / "base", ROOT)
+    base = WORK / "base"
     OUTPUT.mkdir(exist_ok=True)
     busy = f"Another demo is running on {base}. Stop it first (ctrl-C in its window)."
     with lock(base / "demo.lock", busy, wait=False):
+        make_base(base, ROOT)
         say("Starting ComfyUI …")
         with Server(chosen.path, base, found.python, ["--output-directory", str(OUTPUT)], port=port) as server:
             if server.failed_imports():
@@ -92,7 +93,7 @@ def demo(serve: bool, port: int | None, workflow: Path) -> int:
                 seconds = time.monotonic() - began
                 say(summary(prompt, client.history(prompt_id), written, seconds, is_demo=workflow == DEMO))
             if serve:
-                say(f"\nThe same ComfyUI is open at {server.url} (Workflow › Browse Templates › StyleLoom). "
+                say(f"\nThe same ComfyUI is open at {server.url} (its Templates list StyleLoom's workflows). "
                     "Stop it with ctrl-C.")
                 try:
                     server.process.wait()
@@ -131,6 +132,9 @@ def main(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to a code page
+    # A shell that starts us in the background has us ignore ctrl-C, and the host would inherit that; it is told to
+    # end by that very signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Ended from outside (a CI's time limit, a closed terminal): leave as after ctrl-C, so that no host stays behind.
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):

@@ -227,7 +227,7 @@ def pip_python() -> str:
     works = [sys.executable, "-m", "pip", "--version"]
     if subprocess.run(works, capture_output=True, cwd=WORK).returncode == 0:
         return sys.executable
-    folder = WORK / "pip"
+    folder = WORK / "pip-venv"
     works[0] = str(venv_python(folder))
     if not venv_python(folder).exists() or subprocess.run(works, capture_output=True, cwd=WORK).returncode != 0:
         remove(folder)

@@ -116,6 +116,8 @@ class Server:
 
     def __enter__(self) -> Server:
         command = self.command()
+        if answers(self.port):  # it may be the user's own ComfyUI, and must not be taken for ours
+            raise StepFailed(f"Something else already listens on 127.0.0.1:{self.port}. Name another port, or none.")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # A group of its own: a ctrl-C at the terminal reaches run.py or pytest alone, which then stops the host,
         # and whatever the host started can be ended with it.
@@ -172,6 +174,15 @@ class Server:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):  # macOS says the latter of a group that is all zombies
             pass
+
+
+def answers(port: int) -> bool:
+    """True when something listens on that port of 127.0.0.1."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:

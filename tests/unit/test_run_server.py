@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_server_and_its_children_are_gone_at_the_end(fake_host):
         while _lives(child) and time.monotonic() < end:
             time.sleep(0.05)
         assert not _lives(child)
+
+
+def test_another_program_on_the_port_is_not_taken_for_the_host(fake_host):
+    mine = fake_host(SERVES)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        mine.port = other.getsockname()[1]
+        with pytest.raises(StepFailed, match="already listens"), mine:
+            pass
+    assert mine.process is None
 
 
 def _lives(pid: int) -> bool:
