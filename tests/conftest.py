@@ -7,8 +7,13 @@ to the host. So the tests import the pack the way the host does, by path, under 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+# The models of the tests are so small that a second thread costs more than it gives, and on a busy machine a hundred
+# times more (OpenMP's threads wait for each other by spinning). Servers started by the tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
