@@ -6,16 +6,26 @@ are those of `SigLIP2-G384/model.safetensors` in DiffSynth-Studio/General-Image-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import StyleLoomError
-from .tower_parts import Attention, OnBlock, attend, count_blocks, like, plain_attention, project, shape_of
+from .tower_parts import (
+    Attention,
+    OnBlock,
+    count_blocks,
+    join_heads,
+    like,
+    plain_attention,
+    project,
+    shape_of,
+    split_heads,
+)
 
 WHAT = "SigLIP2"
 HEAD_DIM = 96
@@ -54,7 +64,7 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]], file: str = "") -> S
     positions, _ = shape_of(shapes, "embeddings.position_embedding.weight", 2, file, WHAT)
     mlp, _ = shape_of(shapes, BLOCKS + "0.mlp.fc1.weight", 2, file, WHAT)
     layers = count_blocks(shapes, BLOCKS)
-    side = isqrt(positions)
+    side = math.isqrt(positions)
     for name, found, right in (
         ("colour channels", channels, 3),
         ("a patch height", height, PATCH),
@@ -120,7 +130,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # row by row, from the top left
-        return tokens + like(self.position_embedding.weight, tokens)
+        # Sums keep the layout of their terms: left transposed, every norm of every block would copy the tokens.
+        return tokens.contiguous() + like(self.position_embedding.weight, tokens)
 
 
 class _SelfAttention(nn.Module):
@@ -131,8 +142,8 @@ class _SelfAttention(nn.Module):
             setattr(self, name, operations.Linear(config.hidden, config.hidden, **place))
 
     def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
-        q, k, v = (project(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return project(self.out_proj, attend(attention, q, k, v, self.heads))
+        q, k, v = (split_heads(project(layer, x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return project(self.out_proj, join_heads(attention(q, k, v)))
 
 
 class _FeedForward(nn.Module):
@@ -174,12 +185,16 @@ class _PackedAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * config.hidden, **place))
         self.out_proj = operations.Linear(config.hidden, config.hidden, **place)
 
-    def forward(self, query: torch.Tensor, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         hidden = x.shape[-1]
         weight, bias = like(self.in_proj_weight, x), like(self.in_proj_bias, x)
         q = F.linear(query, weight[:hidden], bias[:hidden])
         k, v = F.linear(x, weight[hidden:], bias[hidden:]).chunk(2, dim=-1)
-        return self.out_proj(attend(attention, q, k, v, self.heads))
+        q, k, v = (split_heads(tensor, self.heads) for tensor in (q, k, v))
+        # The published encoder scales the query first and rounds the weights between the two products;
+        # written out like that it is the same to the bit in bf16 too, and for one query it costs nothing.
+        weights = torch.softmax((q * math.sqrt(1 / q.shape[-1])) @ k.transpose(-2, -1), dim=-1)
+        return self.out_proj(join_heads(weights @ v))
 
 
 class _PoolingHead(nn.Module):
@@ -190,9 +205,9 @@ class _PoolingHead(nn.Module):
         self.layernorm = operations.LayerNorm(config.hidden, eps=config.eps, **place)
         self.mlp = _FeedForward(config, operations, **place)
 
-    def forward(self, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         probe = like(self.probe, x).expand(x.shape[0], -1, -1)
-        pooled = self.attention(probe, x, attention)
+        pooled = self.attention(probe, x)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
@@ -202,7 +217,7 @@ class SigLIP2Vision(nn.Module):
     Args:
         config: sizes.
         operations: namespace with Linear, LayerNorm and Conv2d (`torch.nn`, or the host's casting ones).
-        attention: (B, heads, T, D) × 3 → (B, heads, T, D); torch's own by default.
+        attention: (B, heads, T, D) × 3 → (B, heads, T, D), for the blocks; torch's own by default.
         dtype, device: of the parameters.
     """
 
@@ -237,4 +252,4 @@ class SigLIP2Vision(nn.Module):
             x = block(x, self.attention)
             if on_block is not None:
                 on_block(done, total)
-        return self.head(self.post_layernorm(x), self.attention)
+        return self.head(self.post_layernorm(x))

@@ -25,12 +25,6 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attend(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Multi-head attention of projected tokens: q (B, T, C), k and v (B, S, C) → (B, T, C)."""
-    q, k, v = (split_heads(tensor, heads) for tensor in (q, k, v))
-    return join_heads(attention(q, k, v))
-
-
 def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
     """(B, T, heads·D) → (B, heads, T, D), a view."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
