@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-from .common import ROOT
+from .common import OUTPUT, ROOT
 
 ABOUT = """
 What happened: reference pictures, real ones that come with ComfyUI's own templates, went through two image
 encoders; the Image-to-LoRA Predictor turned what they saw into a LoRA in one pass, without training; the LoRA was
-written to a file, and ComfyUI made a picture with it.
-What is real and what is not: every step, shape and file is what the published models go through. The models here
-are small and untrained (seeded random numbers; no weights are downloaded), so the pictures can only be abstract.
-Look at how much the LoRA moved the image, and at its targets, ranks and norms. With the real models (see
-README.md) the same nodes give the style of your references."""
+written to a file, and ComfyUI made the same picture without it and with it.
+What is real and what is not: every step is the one that the published models go through, in their architectures at
+small width. But these small models are untrained (seeded random numbers; nothing is downloaded), so the pictures
+can only be abstract: look at how far the LoRA moved the image, and at its targets, ranks and norms. With the
+published models (README.md says where they go) the same nodes give the style of your references."""
 
 
 def title(prompt: dict, node: str) -> str:
@@ -81,14 +81,25 @@ def files_below(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def texts(prompt: dict, record: dict) -> list[str]:
-    """The texts that nodes showed, each under its node's title. `record` is the host's history of the prompt."""
-    shown = []
+    """The texts that nodes showed, each once, under its node's title. `record` is the host's history of the prompt."""
+    shown, before = [], set()
     for node, output in record.get("outputs", {}).items():
         lines = [text for text in output.get("text") or [] if isinstance(text, str)]
-        if lines:
+        if lines and tuple(lines) not in before:
+            before.add(tuple(lines))
             body = "\n".join(lines).strip().replace("\n", "\n    ")
             shown.append(f"  {title(prompt, node)}:\n    {body}")
     return shown
+
+
+def savers(prompt: dict, record: dict, folder: Path) -> dict[Path, str]:
+    """Which node wrote a file below the output folder: {path: the node's title}, for what the history tells."""
+    found = {}
+    for node, output in record.get("outputs", {}).items():
+        for item in (item for items in output.values() if isinstance(items, list) for item in items):
+            if isinstance(item, dict) and item.get("type") == "output" and item.get("filename"):
+                found[folder / item.get("subfolder", "") / item["filename"]] = title(prompt, node)
+    return found
 
 
 def summary(prompt: dict, record: dict, written: list[Path], seconds: float, is_demo: bool) -> str:
@@ -100,7 +111,10 @@ def summary(prompt: dict, record: dict, written: list[Path], seconds: float, is_
     if said:
         lines += ["\nWhat the nodes said:", *said]
     lines.append("\nWhere to look:" if written else "\nNo file was written.")
-    lines += [f"  {os.path.relpath(path, ROOT)}  ({_size(path.stat().st_size)})" for path in written]
+    whose = savers(prompt, record, OUTPUT)
+    for path in written:
+        by = f"  {whose[path]}" if path in whose else ""
+        lines.append(f"  {os.path.relpath(path, ROOT)}  ({_size(path.stat().st_size)}){by}")
     return "\n".join(lines)
 
 

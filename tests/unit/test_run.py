@@ -146,12 +146,15 @@ def test_titles():
     assert demo.title(PROMPT, "2.0.1") == "SaveImage" and demo.title(PROMPT, "9") == "node 9"
 
 
-def test_summary_says_everything(tmp_path):
+def test_summary_says_everything(tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").write_bytes(b"0" * 2_500_000)
-    record = {"outputs": {"1": {"text": ["rank 4\n720 targets"]}, "2": {"images": [{"filename": "x.png"}]}}}
+    record = {"outputs": {"1": {"text": ["rank 4\n720 targets"]}, "3": {"text": ["rank 4\n720 targets"]},
+                          "2": {"images": [{"filename": "a.safetensors", "subfolder": "", "type": "output"},
+                                           {"filename": "b.png", "subfolder": "", "type": "temp"}]}}}
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     text = demo.summary(PROMPT, record, [tmp_path / "a.safetensors"], 3.21, is_demo=True)
     assert "Done in 3.2 s" in text and "A reference:\n    rank 4\n    720 targets" in text
-    assert "a.safetensors  (2.5 MB)" in text and "untrained" in text
+    assert "a.safetensors  (2.5 MB)  SaveImage" in text and "untrained" in text and text.count("rank 4") == 1
     assert "No file was written" in demo.summary(PROMPT, {}, [], 1, is_demo=False)
 
 
