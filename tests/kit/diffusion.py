@@ -1,11 +1,12 @@
 """Seeded diffusion models of the true architectures at small width, as the host's own MODEL objects.
 
 Layer counts, block numbers, key names and the conditioning path are the real ones; only widths are small. Each
-function returns a new patcher, and two of one seed have the same weights bit by bit.
+function returns a new patcher; on one machine two of one seed have the same weights bit by bit.
 """
 
 from __future__ import annotations
 
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -60,12 +61,14 @@ def z_image_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     model.diffusion_model.t_embedder = TimestepEmbedder(
         Z_IMAGE_WIDTH, output_size=Z_IMAGE_WIDTH, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     net = _filled(model, seed, (
-        (r"adaLN_modulation\.\d\.bias$", constant(0.15)),
-        (r"adaLN_modulation\.\d\.weight$", gain(0.3)),
+        (r"adaLN_modulation\.\d\.bias$", constant(0.02)),
+        (r"adaLN_modulation\.\d\.weight$", gain(0.03)),
+        (r"[qk]_norm\.weight$", constant(0.05, 1.3)),
         (r"pad_token$|x_embedder\.bias$", constant(1.0)),
         (r"t_embedder\.mlp\.\d\.weight$", gain(1.4)),
     ))
-    through_tokens(net.x_embedder, net.final_layer.linear, -1.0, 0.3)  # the host takes this net's output negated
+    # A negative share: the host takes this net's output negated.
+    through_tokens(net.x_embedder, net.final_layer.linear, torch.eye(16).repeat(1, 4), -3.0, sizes=(0.12, 1.2))
     return _patcher(model)
 
 
@@ -77,13 +80,18 @@ def qwen_image_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     })
     model = comfy.model_base.QwenImage(config)
     net = _filled(model, seed, (
-        (r"_mod\.1\.weight$", gain(0.3)),
-        (r"_mod\.1\.bias$", constant(0.15)),
+        (r"_mod\.1\.bias$", constant(0.02)),
+        (r"\.norm_(added_)?[qk]\.weight$", constant(0.05, 1.3)),
         (r"img_in\.bias$", constant(1.0)),
-        (r"timestep_embedder\.linear_\d\.weight$", gain(1.4)),
-        (r"norm_out\.linear\.weight$", gain(0.3)),
+        # The modulations are LoRA targets, so they keep their full size; what they are given is small instead.
+        (r"timestep_embedder\.linear_1\.weight$", gain(1.4)),
+        (r"timestep_embedder\.linear_2\.weight$", gain(0.05)),
     ))
-    through_tokens(net.img_in, net.proj_out, 1.0, 0.3)
+    # 32 numbers cannot carry a patch of 64: those that the eye sees go first.
+    rgb = torch.tensor(comfy.latent_formats.Wan21.latent_rgb_factors).T
+    uneven = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+    through_tokens(net.img_in, net.proj_out, torch.eye(16).repeat_interleave(4, 1), 3.0, sizes=(0.4, 1.2),
+                   then=torch.kron(rgb.contiguous(), uneven))
     return _patcher(model)
 
 
@@ -94,6 +102,9 @@ _UNET = {
 # A UNet's residual blocks and its transformers' output projections start at zero before training: half gain here,
 # so that 70 attention layers add up to about the size of what they are added to.
 _UNET_RULES = (
+    # Text reaches a UNet here only: loud enough that a prompt, or a LoRA on these layers, is seen in the picture.
+    (r"attn2\.(to_q|to_k)\.weight$", gain(1.6)),
+    (r"attn2\.to_out\.0\.weight$", gain(2.5)),
     (r"(out_layers\.3|proj_out|to_out\.0|ff\.net\.2)\.weight$", gain(0.5)),
     (r"(time_embed|label_emb\.0)\.\d\.weight$", gain(1.4)),
 )
@@ -139,7 +150,7 @@ def flux2_small(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
         (r"modulation.*\.lin\.weight$", gain(0.6)),
         (r"time_in\..*\.weight$", gain(1.4)),
     ))
-    through_tokens(net.img_in, net.final_layer.linear, 1.0, 0.3)
+    through_tokens(net.img_in, net.final_layer.linear, torch.eye(32).repeat_interleave(4, 1), 1.5, sizes=(0.8, 1.2))
     return _patcher(model)
 
 

@@ -12,7 +12,7 @@ from .lora_files import write_bias_lora
 from .predictor_files import write_predictor
 from .seeded import written_recipe
 
-VERSION = 1  # raise it when a writer changes: every file is then written anew
+VERSION = 2  # raise it when a writer changes: every file is then written anew
 
 SIGLIP_WIDTH, DINO_WIDTH = 96, 128
 IN_DIM = SIGLIP_WIDTH + DINO_WIDTH

@@ -12,15 +12,31 @@ import torch
 
 
 @torch.no_grad()
-def through_tokens(first: torch.nn.Linear, last: torch.nn.Linear, share: float, texture: float) -> None:
+def through_tokens(first: torch.nn.Linear, last: torch.nn.Linear, even: torch.Tensor, share: float,
+                   sizes: tuple[float, float], then: torch.Tensor | None = None) -> None:
     """Makes `last` undo `first`, for a transformer whose stream carries the embedded patch to its end.
 
     Args:
-        first: patch (P values) → stream (D); left as it is. last: stream (D) → patch (P); becomes
-            share · pseudo-inverse(first) + texture · itself.
+        first: patch (P values) → stream (D). Its weight becomes orthogonal and small, so that what the layers see is
+            mostly place and text: their answer is then smooth rather than a function of the noise.
+        last: stream (D) → patch (P); becomes share · (inverse of first).
+        even: (n, P) directions in a patch along which all its cells change together. They enter at `sizes[0]`, the
+            rest at `sizes[1]`; the inverse weighs what the layers add by 1 / size, so that the picture is made of
+            even patches.
+        then: (m, P) directions that come second: when D < P, only D directions can be carried.
     """
-    inverse = torch.linalg.pinv(first.weight.double()).to(last.weight)
-    last.weight.mul_(texture).add_(inverse, alpha=share)
+    others = () if then is None else (then.double(),)
+    basis = torch.linalg.qr(torch.cat((even.double(), *others, first.weight.double())).T).Q.T[: first.out_features]
+    size = torch.full((basis.shape[0], 1), sizes[1], dtype=torch.float64)
+    size[: even.shape[0]] = sizes[0]
+    into = torch.linalg.qr(first.weight.double()).Q  # (D, min(D, P)), orthonormal columns, random
+    if first.out_features < first.in_features:
+        into = into[:, : basis.shape[0]]
+    first.weight.copy_(into @ (size * basis))
+    if first.out_features > first.in_features and first.bias is not None:
+        # What is the same in every patch stays out of the way of the patches: else it would tint the whole picture.
+        first.bias.copy_(first.bias.double() - into @ (into.T @ first.bias.double()))
+    last.weight.copy_(share * ((basis.T / size.T) @ into.T))
 
 
 @torch.no_grad()
@@ -49,6 +65,9 @@ def through_unet(unet: torch.nn.Module, channels: int, texture: float) -> None:
     resblock = last_block[0]
     shortcut, inside = resblock.skip_connection, resblock.out_layers[3]
     skipped = shortcut.in_channels - first.out_channels  # the skip connection's channels stand behind the stream's
+    # What comes over this skip is nearly pure noise: all that is not the path listens to the deeper layers instead.
+    shortcut.weight[:, skipped:] *= 0.2
+    resblock.in_layers[2].weight[:, skipped:] *= 0.2
     shortcut.weight[:pairs] = 0.0
     shortcut.weight[torch.arange(pairs), skipped + torch.arange(pairs)] = 1.0
     shortcut.bias[:pairs] = 0.0
@@ -57,7 +76,9 @@ def through_unet(unet: torch.nn.Module, channels: int, texture: float) -> None:
         layer.bias[:pairs] = 0.0
 
     norm.weight[:pairs], norm.bias[:pairs] = 1.0, 0.0
-    last.weight.mul_(texture)
-    last.bias.zero_()
     last.weight[:, :pairs] = 0.0
+    rest = last.weight[:, pairs:]
+    rest -= rest.mean(dim=(1, 2, 3), keepdim=True)  # else the activation's positive mean would tint the picture
+    rest *= texture
+    last.bias.zero_()
     last.weight[:, :pairs, middle, middle] = sign.T

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .key_lists import PUBLISHED_MLP, PUBLISHED_RESIDUAL_MID, PUBLISHED_WIDTH, RESIDUAL_LENGTH, predictor_keys
+from .key_lists import predictor_keys
 from .seeded import normal, save_whole
 
 RELATIVE_DELTA = 0.15  # ‖ΔW‖ / ‖W‖ for a unit embedding without residual, in the mean
@@ -51,7 +51,3 @@ def write_predictor(path: str | os.PathLike, family: str, width: int | None = No
                           residual_width=residual_width, residual_mid=residual_mid)
     tensors = {k: normal(seed, k, shape, _std(k, shape, rank), dtype=dtype) for k, shape in keys.items()}
     return save_whole(path, tensors, recipe)
-
-
-__all__ = ["write_predictor", "predictor_keys", "PUBLISHED_WIDTH", "PUBLISHED_MLP", "PUBLISHED_RESIDUAL_MID",
-           "RESIDUAL_LENGTH"]
