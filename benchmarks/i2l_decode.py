@@ -73,9 +73,14 @@ def straightforward(path: Path, embeddings):
     from styleloom.weights.i2l.layouts import FAMILIES, targets
 
     state = load_file(str(path))
-    layers = torch.nn.ModuleDict({
-        key.removesuffix(".weight").replace(".", "/"): torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype)
-        for key, w in state.items()})
+    layers = torch.nn.ModuleDict(
+        {
+            key.removesuffix(".weight").replace(".", "/"): torch.nn.Linear(
+                w.shape[1], w.shape[0], bias=False, dtype=w.dtype
+            )
+            for key, w in state.items()
+        }
+    )
     layers.load_state_dict({key.removesuffix(".weight").replace(".", "/") + ".weight": w for key, w in state.items()})
     family = FAMILIES["z-image"]
     loras = []
@@ -88,8 +93,13 @@ def straightforward(path: Path, embeddings):
                 b = layers[f"{stem}/proj_b/proj_out"](layers[f"{stem}/proj_b/proj_in"](x))
                 lora[t.name] = (a.view(4, family.widths[t.a_width]), b.view(family.widths[t.b_width], 4))
             loras.append(lora)
-    return {name: (torch.cat([lora[name][0] for lora in loras]) * (1 / len(loras)),
-                   torch.cat([lora[name][1] for lora in loras], dim=1)) for name in loras[0]}
+    return {
+        name: (
+            torch.cat([lora[name][0] for lora in loras]) * (1 / len(loras)),
+            torch.cat([lora[name][1] for lora in loras], dim=1),
+        )
+        for name in loras[0]
+    }
 
 
 def anonymous_memory() -> int:
@@ -126,8 +136,11 @@ def run_case(case: str, path: Path, threads: int) -> dict:
     way, *rest = case.split()
     count = int(rest[0]) if rest else 0
     x = torch.randn(count, IN_DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
-    work = {"read": lambda: read(path), "ours": lambda: ours(path, x, "fp32" if "fp32" in rest else "reference"),
-            "straightforward": lambda: straightforward(path, x)}[way]
+    work = {
+        "read": lambda: read(path),
+        "ours": lambda: ours(path, x, "fp32" if "fp32" in rest else "reference"),
+        "straightforward": lambda: straightforward(path, x),
+    }[way]
     with PeakMemory() as memory:
         work()
     start = time.perf_counter()
@@ -165,8 +178,16 @@ def main() -> None:
         times, peaks = {case: [] for case in CASES}, dict.fromkeys(CASES, 0)
         for _ in range(options.rounds):
             for case in CASES:
-                command = [sys.executable, __file__, "--case", case, "--path", str(path),
-                           "--threads", str(options.threads)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--case",
+                    case,
+                    "--path",
+                    str(path),
+                    "--threads",
+                    str(options.threads),
+                ]
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 times[case].append(result["seconds"])
                 peaks[case] = max(peaks[case], result["peak"])
@@ -175,16 +196,37 @@ def main() -> None:
     def show(figure: str, value: float, target: str) -> None:
         print(json.dumps({"figure": figure, "value": round(value, 3), "target": target}))
 
-    print(json.dumps({"benchmark": "i2l_decode", "file_gb": 3.226, "threads": options.threads, "rounds": options.rounds,
-                      **machine()}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "i2l_decode",
+                "file_gb": 3.226,
+                "threads": options.threads,
+                "rounds": options.rounds,
+                **machine(),
+            }
+        )
+    )
     for case in CASES:
-        print(json.dumps({"case": case, "median_s": round(seconds[case], 3), "min_s": round(min(times[case]), 3),
-                          "max_s": round(max(times[case]), 3), "peak_anonymous_mb": round(peaks[case] / 1e6)}))
+        print(
+            json.dumps(
+                {
+                    "case": case,
+                    "median_s": round(seconds[case], 3),
+                    "min_s": round(min(times[case]), 3),
+                    "max_s": round(max(times[case]), 3),
+                    "peak_anonymous_mb": round(peaks[case] / 1e6),
+                }
+            )
+        )
     for count, limit in ((1, 1.5), (4, 1.8)):
         for suffix in ("", " fp32"):
             show(f"ours {count}{suffix} / read", seconds[f"ours {count}{suffix}"] / seconds["read"], f"<= {limit}")
-        show(f"straightforward {count} / ours {count}", seconds[f"straightforward {count}"] / seconds[f"ours {count}"],
-             ">= 2")
+        show(
+            f"straightforward {count} / ours {count}",
+            seconds[f"straightforward {count}"] / seconds[f"ours {count}"],
+            ">= 2",
+        )
     show("peak anonymous MB, ours 4", peaks["ours 4"] / 1e6, "<= 300")
     show("peak anonymous MB, straightforward 4", peaks["straightforward 4"] / 1e6, "for comparison")
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
+import re
 
-OLDEST_HOST = "0.30.0"
+OLDEST_HOST = "0.16.3"  # the oldest that runs the demo workflow; tried, not guessed
 
 
 async def entrypoint():
     """The pack as the host's extension object.
 
     Raises:
-        ImportError: the host is too old; one line says which version is needed.
+        ImportError: in one line, that the host is too old and which version is needed.
     """
+    found = _host_version()
     try:
-        from .extension import StyleLoomExtension
+        from .extension import NODES, StyleLoomExtension
+
+        for node in NODES:  # an older API shows itself here, where there is a word for it, and not in the host's loader
+            node.define_schema()
     except (ImportError, AttributeError, TypeError) as error:
-        found = _host_version()
-        raise ImportError(f"StyleLoom needs ComfyUI {OLDEST_HOST} or newer, this is {found}: please update ComfyUI "
-                          f"({error})") from error
-    logging.debug("StyleLoom on ComfyUI %s", _host_version())
+        if _number(found) < _number(OLDEST_HOST):
+            raise ImportError(
+                f"StyleLoom needs ComfyUI {OLDEST_HOST} or newer, and this is {found}: please update ComfyUI ({error})"
+            ) from error
+        raise
+    logging.debug("StyleLoom on ComfyUI %s", found)
     return StyleLoomExtension()
 
 
@@ -27,5 +34,10 @@ def _host_version() -> str:
     try:
         from comfyui_version import __version__
     except ImportError:
-        return "of an unknown version"
+        return "0 (of an unknown version)"
     return __version__
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """'0.30.0' → (0, 30, 0), as far as there are digits."""
+    return tuple(int(part) for part in re.match(r"[\d.]*", version).group().split(".") if part)

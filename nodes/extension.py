@@ -11,12 +11,23 @@ from .i2l_references import LoadReferences, SaveReferences
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
 
 
+NODES: list[type[io.ComfyNode]] = [
+    LoadPredictor,
+    LoadImageEncoders,
+    EncodeReferences,
+    SaveReferences,
+    LoadReferences,
+    GrayReferences,
+    ImageToLoRA,
+    LoadLoRA,
+    SaveLoRA,
+    ApplyLoRA,
+]
+
+
 class StyleLoomExtension(ComfyExtension):
     async def on_load(self) -> None:
         folders.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            LoadPredictor, LoadImageEncoders, EncodeReferences, SaveReferences, LoadReferences, GrayReferences,
-            ImageToLoRA, LoadLoRA, SaveLoRA, ApplyLoRA,
-        ]
+        return NODES

@@ -24,23 +24,32 @@ GRAY = 128 / 255
 class LoadImageEncoders(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        files = folders.listed(folders.ENCODERS)
-        where = ("in models/i2l or models/clip_vision. Both encoders come from "
-                 "DiffSynth-Studio/General-Image-Encoders.")
+        where = "from DiffSynth-Studio/General-Image-Encoders, anywhere under models/i2l or models/clip_vision."
         return io.Schema(
             node_id="StyleLoomLoadImageEncoders",
             display_name="Load i2L Image Encoders",
             category=CATEGORY,
             description="Opens the two image encoders that i2L predictors read: SigLIP2-G384 (2.3 GB) and DINOv3-7B "
-            "(13.4 GB, under Meta's DINOv3 licence). They are memory-mapped and run one after the other.",
+            "(13.4 GB). They are read from disk when pictures are encoded, one after the other.",
             search_aliases=["siglip2", "dinov3", "image encoder", "i2l encoders", "clip vision"],
             inputs=[
-                io.Combo.Input("siglip_name", options=files, tooltip=f"SigLIP2-G384, {where}"),
-                io.Combo.Input("dino_name", options=files, tooltip=f"DINOv3-7B, {where}"),
-                io.Combo.Input("precision", options=list(PRECISIONS), default="bf16",
-                               tooltip="bf16: as published. fp8: the big matrices are stored in 8 bits and computed "
-                               "in bf16, half the memory for slightly different embeddings. fp32: computed in full "
-                               "precision, slower."),
+                folders.FileInput(
+                    "siglip_name", folders.ENCODERS, tooltip=f"SigLIP2-G384/model.safetensors (Apache-2.0) {where}"
+                ),
+                folders.FileInput(
+                    "dino_name",
+                    folders.ENCODERS,
+                    tooltip="DINOv3-7B/model.safetensors (under Meta's own DINOv3 licence, "
+                    f"whatever the repository's tag says) {where}",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="bf16",
+                    tooltip="bf16: as published. fp8: the big matrices are stored in 8 bits and computed "
+                    "in bf16, half the memory for slightly different embeddings. fp32: computed in full "
+                    "precision, slower.",
+                ),
             ],
             outputs=[Encoders.Output(display_name="encoders", tooltip="For Encode References.")],
         )
@@ -51,8 +60,10 @@ class LoadImageEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, siglip_name, dino_name, precision) -> io.NodeOutput:
-        siglip, dino = (open_encoder(folders.find(folders.ENCODERS, name), kind, precision, name)
-                        for kind, name in (("siglip2", siglip_name), ("dinov3", dino_name)))
+        siglip, dino = (
+            open_encoder(folders.find(folders.ENCODERS, name), kind, precision, name)
+            for kind, name in (("siglip2", siglip_name), ("dinov3", dino_name))
+        )
         return io.NodeOutput((siglip, dino))
 
 
@@ -60,27 +71,40 @@ class EncodeReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         images = io.Autogrow.TemplatePrefix(
-            io.Image.Input("image", tooltip="Reference pictures: any size, any number in a batch or list. Each one "
-                           "counts as one reference."), prefix="image", min=1, max=MAX_INPUTS)
+            io.Image.Input(
+                "image",
+                tooltip="Reference pictures: any size, any number in a batch or list. Each one "
+                "counts as one reference. The encoders see the square in its middle.",
+            ),
+            prefix="image",
+            min=1,
+            max=MAX_INPUTS,
+        )
         return io.Schema(
             node_id="StyleLoomEncodeReferences",
             display_name="Encode References",
             category=CATEGORY,
-            description="What the image encoders see in the reference pictures. Pictures seen before are remembered, "
-            "so that adding one to a set costs one.",
+            description="Reads reference pictures with both image encoders. A picture that was seen before is not "
+            "encoded again, so adding one to a set costs the time of one.",
             search_aliases=["i2l", "reference images", "style reference", "encode image", "image embedding"],
             is_input_list=True,
             inputs=[
                 Encoders.Input("encoders", tooltip="From Load i2L Image Encoders."),
-                io.Autogrow.Input("images", template=images,
-                                  tooltip="Connect a picture and another input appears. In the API: images.image0, "
-                                  "images.image1, …"),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="Only for Qwen-Image-i2L Coarse and Fine: Qwen-Image's text encoder "
-                              "(Qwen2.5-VL 7B, with its vision part)."),
+                io.Autogrow.Input(
+                    "images",
+                    template=images,
+                    tooltip="Connect a picture and another input appears. In the API: images.image0, images.image1, …",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only for Qwen-Image-i2L Coarse and Fine: Qwen-Image's text encoder "
+                    "(Qwen2.5-VL 7B, with its vision part).",
+                ),
             ],
-            outputs=[References.Output(display_name="references",
-                                       tooltip="For Image-to-LoRA Predictor and Save References.")],
+            outputs=[
+                References.Output(display_name="references", tooltip="For Image-to-LoRA Predictor and Save References.")
+            ],
         )
 
     @classmethod
@@ -101,7 +125,8 @@ class GrayReferences(io.ComfyNode):
             display_name="Gray References",
             category=CATEGORY,
             description="Uniform gray pictures, as many and as large as those given. The LoRA that a predictor makes "
-            "of them says what it adds to any picture: the negative side of asymmetric guidance.",
+            "of them is what it adds whatever it is given. Published for the negative side of i2L v2; an experiment "
+            "with v1.",
             search_aliases=["gray images", "grey", "negative reference", "neutral", "asymmetric cfg"],
             inputs=[io.Image.Input("images", tooltip="The reference pictures; only their number and size count.")],
             outputs=[io.Image.Output(display_name="images", tooltip="RGB 128, for Encode References.")],
@@ -110,8 +135,9 @@ class GrayReferences(io.ComfyNode):
     @classmethod
     def execute(cls, images) -> io.NodeOutput:
         if images.shape[0] == 0:
-            raise StyleLoomError("images is an empty batch", "at least one picture",
-                                 "Connect a picture to Gray References.")
+            raise StyleLoomError(
+                "images is an empty batch", "at least one picture", "Connect a picture to Gray References."
+            )
         return io.NodeOutput(torch.full((*images.shape[:3], 3), GRAY))
 
 
@@ -129,9 +155,11 @@ def _pictures(images: dict[str, list[torch.Tensor] | None]) -> list:
             if batch is None:
                 continue
             if batch.ndim != 4 or batch.shape[0] == 0:
-                raise StyleLoomError(f"{name} is {list(batch.shape)}: it holds no picture",
-                                     "a batch (pictures, height, width, channels)",
-                                     "Look at the node that makes it: it gave an empty batch.")
+                raise StyleLoomError(
+                    f"{name} is {list(batch.shape)}: it holds no picture",
+                    "a batch (pictures, height, width, channels)",
+                    "Look at the node that makes it: it gave an empty batch.",
+                )
             pictures += [preprocess.to_uint8(picture, f"{name}, picture {i + 1}") for i, picture in enumerate(batch)]
     if not pictures:
         raise StyleLoomError("there is no reference picture", "at least one", "Connect a picture to images.")
@@ -144,8 +172,10 @@ def encode(siglip: EncoderFile, dino: EncoderFile, pictures: list, clip=None) ->
     One encoder after the other, so that the larger one sets the peak of memory and not the sum.
     """
     hashes = [preprocess.image_hash(picture) for picture in pictures]
-    todo = {file: {digest: picture for digest, picture in zip(hashes, pictures) if digest not in file.seen}
-            for file in (siglip, dino)}
+    todo = {
+        file: {digest: picture for digest, picture in zip(hashes, pictures) if digest not in file.seen}
+        for file in (siglip, dino)
+    }
     views = ("coarse", "fine") if clip is not None else ()
     steps = Steps(sum(len(missing) * file.blocks for file, missing in todo.items()) + len(views) * len(pictures))
     for file, missing in todo.items():
@@ -153,10 +183,19 @@ def encode(siglip: EncoderFile, dino: EncoderFile, pictures: list, clip=None) ->
             with TowerRun(file) as tower:
                 for digest, picture in missing.items():
                     file.seen[digest] = tower(file.pixels(preprocess.crop_1024(picture)), steps)
-    residuals = {view: [text_view(clip, preprocess.residual_image(picture, view), view, steps) for picture in pictures]
-                 for view in views}
+    residuals = {
+        view: [text_view(clip, preprocess.residual_image(picture, view), view, steps) for picture in pictures]
+        for view in views
+    }
     described = {"siglip": siglip.description, "dino": dino.description}
-    return stack_references([
-        ReferenceSet(torch.cat([siglip.seen[digest], dino.seen[digest]], dim=1), (digest,),
-                     *(residuals[view][i] if view in residuals else None for view in ("coarse", "fine")), described)
-        for i, digest in enumerate(hashes)])
+    return stack_references(
+        [
+            ReferenceSet(
+                torch.cat([siglip.seen[digest], dino.seen[digest]], dim=1),
+                (digest,),
+                *(residuals[view][i] if view in residuals else None for view in ("coarse", "fine")),
+                described,
+            )
+            for i, digest in enumerate(hashes)
+        ]
+    )

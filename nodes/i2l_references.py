@@ -22,8 +22,11 @@ class SaveReferences(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 References.Input("references", tooltip="From Encode References."),
-                io.String.Input("filename_prefix", default="style",
-                                tooltip="Name of the file under output/i2l_references; a number is added."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="style",
+                    tooltip="Name of the file under output/i2l_references; a number is added.",
+                ),
             ],
             outputs=[],
         )
@@ -42,12 +45,15 @@ class LoadReferences(io.ComfyNode):
             node_id="StyleLoomLoadReferences",
             display_name="Load References",
             category=CATEGORY,
-            description="Reads encoded reference pictures from a file.",
+            description="Reads encoded reference pictures from a file that Save References wrote; needs neither "
+            "pictures nor encoders.",
             search_aliases=["load embeddings", "load style", "i2l"],
             inputs=[
-                io.Combo.Input("references_name", options=folders.listed(folders.REFERENCES),
-                               tooltip="A file written by Save References, in models/i2l_references or "
-                               "output/i2l_references."),
+                folders.FileInput(
+                    "references_name",
+                    folders.REFERENCES,
+                    tooltip="A file written by Save References, in models/i2l_references or output/i2l_references.",
+                ),
             ],
             outputs=[References.Output(display_name="references", tooltip="For Image-to-LoRA Predictor.")],
         )

@@ -22,10 +22,19 @@ class LoadLoRA(io.ComfyNode):
             category=CATEGORY_LORA,
             description="Reads a LoRA file without applying it to a model: for nodes that work on the LoRA itself.",
             search_aliases=["lora model", "open lora", "i2l bias"],
-            inputs=[io.Combo.Input("lora_name", options=folders.listed(folders.LORAS),
-                                   tooltip="A file in models/loras or output/loras, of any kind that the host knows.")],
-            outputs=[LoRA.Output(display_name="lora", tooltip="For Apply LoRA, Image-to-LoRA Predictor (bias_lora), "
-                                 "and the host's Load LoRA Model.")],
+            inputs=[
+                folders.FileInput(
+                    "lora_name",
+                    folders.LORAS,
+                    tooltip="A LoRA file in models/loras or output/loras, of any format that ComfyUI reads.",
+                )
+            ],
+            outputs=[
+                LoRA.Output(
+                    display_name="lora",
+                    tooltip="For Apply LoRA, Image-to-LoRA Predictor (bias_lora), and ComfyUI's Load LoRA Model.",
+                )
+            ],
         )
 
     @classmethod
@@ -54,11 +63,19 @@ class SaveLoRA(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 LoRA.Input("lora", tooltip="The LoRA to write."),
-                io.String.Input("filename_prefix", default="loras/styleloom",
-                                tooltip="Name under the output folder; a number is added. What lies in output/loras, "
-                                "the host's LoRA loaders list."),
-                io.Combo.Input("precision", options=list(PRECISIONS), default="as it is",
-                               tooltip="as it is: the LoRA's own. bf16 and fp16 halve an fp32 LoRA."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/styleloom",
+                    tooltip="Name under the output folder; a number is added. What lies in output/loras, "
+                    "ComfyUI's LoRA loaders list.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="as it is",
+                    tooltip="as it is: the LoRA's own. bf16 and fp16 halve an fp32 LoRA; fp32 doubles a smaller one "
+                    "and adds nothing.",
+                ),
             ],
             outputs=[io.String.Output(display_name="saved path", tooltip="Relative to the output folder.")],
         )
@@ -77,18 +94,34 @@ class ApplyLoRA(io.ComfyNode):
             node_id="StyleLoomApplyLoRA",
             display_name="Apply LoRA",
             category=CATEGORY_LORA,
-            description="Patches a model with a LoRA, like the host's Load LoRA Model, but stops when any part of the "
-            "LoRA finds no place in the model instead of leaving it out.",
+            description="Patches a model with a LoRA, like ComfyUI's Load LoRA Model, but stops when any part of the "
+            "LoRA finds no place in the model instead of leaving it out. Acts on both sides of guidance; Z-Image-i2L "
+            "was published with the LoRA on the positive side only (see help).",
             search_aliases=["lora model", "load lora", "patch model"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; the one given stays as it is."),
                 LoRA.Input("lora", tooltip="From Image-to-LoRA Predictor or Load LoRA File."),
-                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.05,
-                               tooltip="How strongly. 0 leaves the model as it is."),
-                io.Clip.Input("clip", optional=True, advanced=True,
-                              tooltip="For LoRAs with parts for the text encoder."),
-                io.Float.Input("strength_clip", default=1.0, min=-100.0, max=100.0, step=0.05, optional=True,
-                               advanced=True, tooltip="How strongly for the text encoder."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Scales the change that the LoRA makes. 0 leaves the model as it is.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, advanced=True, tooltip="For LoRAs with parts for the text encoder."
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The same for the text encoder.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A patched clone."),

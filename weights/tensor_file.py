@@ -26,9 +26,28 @@ from .errors import StyleLoomError
 # The format's own limit on its header.
 MAX_HEADER_BYTES = 100_000_000
 
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
-         "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-         "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 FLOAT_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 
 # How much of every tensor the fingerprint reads.
@@ -68,14 +87,23 @@ def _broken(path: Path, what: str, fix: str = "Download or export the file again
 
 def _not_safetensors(path: Path, start: bytes) -> StyleLoomError:
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return _broken(path, "this is a pickled PyTorch file (.bin, .pt, .ckpt), whatever its name says",
-                       "Use the publisher's .safetensors file.")
+        return _broken(
+            path,
+            "this is a pickled PyTorch file (.bin, .pt, .ckpt), whatever its name says",
+            "Use the publisher's .safetensors file.",
+        )
     if start[:7] == b"version":
-        return _broken(path, "this is a Git LFS pointer, not the file itself",
-                       "Download the file itself (with git-lfs, or from the download button of its page).")
+        return _broken(
+            path,
+            "this is a Git LFS pointer, not the file itself",
+            "Download the file itself (with git-lfs, or from the download button of its page).",
+        )
     if start.lstrip()[:1] == b"<":
-        return _broken(path, "this is a web page, not a model file",
-                       "The download was answered with a page (a login or an error): download it again.")
+        return _broken(
+            path,
+            "this is a web page, not a model file",
+            "The download was answered with a page (a login or an error): download it again.",
+        )
     return _broken(path, "the first bytes are not those of a safetensors file")
 
 
@@ -94,8 +122,9 @@ def read_header(path: str | os.PathLike) -> Header:
     """
     path = Path(path)
     if not path.is_file():
-        raise StyleLoomError(f"{path.name}: no such file", "a safetensors file",
-                             "Check the name, and that the file was not moved.")
+        raise StyleLoomError(
+            f"{path.name}: no such file", "a safetensors file", "Check the name, and that the file was not moved."
+        )
     size = path.stat().st_size
     with open(path, "rb") as f:
         start = f.read(16)
@@ -119,12 +148,16 @@ def read_header(path: str | os.PathLike) -> Header:
     at = data_start
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != at:
-            raise _broken(path, f"the header puts {key!r} at byte {info.start - data_start} of the data, "
-                                f"where {at - data_start} is due")
+            raise _broken(
+                path,
+                f"the header puts {key!r} at byte {info.start - data_start} of the data, "
+                f"where {at - data_start} is due",
+            )
         at = info.end
     if at - data_start > data_size:
-        raise _broken(path, f"truncated: the header promises {at - data_start} bytes of tensors and the file holds "
-                            f"{data_size}")
+        raise _broken(
+            path, f"truncated: the header promises {at - data_start} bytes of tensors and the file holds {data_size}"
+        )
     if at - data_start < data_size:
         raise _broken(path, f"{data_size - (at - data_start)} bytes follow the last tensor, unannounced")
     return Header(path, tensors, metadata)
@@ -138,11 +171,17 @@ def _read_entry(path: Path, key: str, entry, data_start: int) -> TensorInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"the header's entry for {key!r} is malformed") from error
     if dtype not in _BITS:
-        raise StyleLoomError(f"{path.name}: tensor {key!r} has the unknown dtype {dtype!r}",
-                             f"one of {', '.join(_BITS)}", "Export the file with a current safetensors.")
+        raise StyleLoomError(
+            f"{path.name}: tensor {key!r} has the unknown dtype {dtype!r}",
+            f"one of {', '.join(_BITS)}",
+            "Export the file with a current safetensors.",
+        )
     if not whole or math.prod(shape) * _BITS[dtype] != (end - start) * 8:
-        raise _broken(path, f"the header gives {key!r} the shape {list(shape)} in {dtype} and {end - start} bytes, "
-                            "which do not fit each other")
+        raise _broken(
+            path,
+            f"the header gives {key!r} the shape {list(shape)} in {dtype} and {end - start} bytes, "
+            "which do not fit each other",
+        )
     return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
@@ -200,8 +239,11 @@ def write_tensor_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor],
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                                    str(part), metadata={"format": "pt", **metadata})
+        safetensors.torch.save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            str(part),
+            metadata={"format": "pt", **metadata},
+        )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

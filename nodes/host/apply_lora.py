@@ -70,21 +70,31 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
         raise StyleLoomError(
             f"{len(unknown)} of the LoRA's {len(converted)} keys find no place in this {name} model: {_some(unknown)}",
             f"a LoRA for {name}" + ("" if clip is not None or not text else ", with the text encoder in clip"),
-            "Use the LoRA with the model that it was made for." if clip is not None or len(text) < len(unknown) else
-            "Connect clip: these keys are for the text encoder.")
+            "Use the LoRA with the model that it was made for."
+            if clip is not None or len(text) < len(unknown)
+            else "Connect clip: these keys are for the text encoder.",
+        )
     patches = comfy.lora.load_lora(converted, key_map)
     lost = sorted({stem for stem in stems.values() if key_map[stem] not in patches})
     if lost:
-        raise StyleLoomError(f"{len(lost)} patches are incomplete or of an unknown kind: {_some(lost)}",
-                             "both halves of every patch", "The LoRA file is damaged, or of a format that this ComfyUI "
-                             "does not know: update ComfyUI, or export the LoRA again.")
+        raise StyleLoomError(
+            f"{len(lost)} patches are incomplete or of an unknown kind: {_some(lost)}",
+            "both halves of every patch",
+            "The LoRA file is damaged, or of a format that this ComfyUI "
+            "does not know: update ComfyUI, or export the LoRA again.",
+        )
     unet_targets = {key_map[stem] for stem in on_model}
-    wrong = [_check_shape(model.model if target in unet_targets else clip.cond_stage_model, target, adapter)
-             for target, adapter in patches.items()]
+    wrong = [
+        _check_shape(model.model if target in unet_targets else clip.cond_stage_model, target, adapter)
+        for target, adapter in patches.items()
+    ]
     wrong = [problem for problem in wrong if problem]
     if wrong:
-        raise StyleLoomError(f"{len(wrong)} patches have another size than this {name} model: {wrong[0]}",
-                             "a LoRA for a model of this width", "Use the LoRA with the model that it was made for.")
+        raise StyleLoomError(
+            f"{len(wrong)} patches have another size than this {name} model: {wrong[0]}",
+            "a LoRA for a model of this width",
+            "Use the LoRA with the model that it was made for.",
+        )
 
     lines = []
     patched, patched_clip = model, clip
@@ -102,6 +112,9 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
         done |= done_clip
     missed = [target for target in patches if target not in done]
     if missed and strength != 0 and (clip is None or strength_clip != 0):
-        raise StyleLoomError(f"{len(missed)} patches were not taken: {_some(map(str, missed))}", f"a LoRA for {name}",
-                             "Use the LoRA with the model that it was made for.")
+        raise StyleLoomError(
+            f"{len(missed)} patches were not taken: {_some(map(str, missed))}",
+            f"a LoRA for {name}",
+            "Use the LoRA with the model that it was made for.",
+        )
     return patched, patched_clip, "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import folder_paths
+from comfy_api.latest import io
 
 from ...weights.errors import StyleLoomError
 
@@ -30,8 +31,10 @@ def _register(category: str, paths: list[str]) -> None:
     merged: list[str] = []
     for path in [*known, *paths]:
         # `models/I2L` is `models/i2l` where the file system ignores case.
-        if not any(path == other or (os.path.isdir(path) and os.path.isdir(other) and os.path.samefile(path, other))
-                   for other in merged):
+        if not any(
+            path == other or (os.path.isdir(path) and os.path.isdir(other) and os.path.samefile(path, other))
+            for other in merged
+        ):
             merged.append(path)
     folder_paths.folder_names_and_paths[category] = (merged, set(_EXTENSIONS))
 
@@ -41,13 +44,29 @@ def register() -> None:
     models = folder_paths.models_dir
     _register(PREDICTORS, [os.path.join(models, PREDICTORS), *(os.path.join(models, name) for name in _IN_USE)])
     _register(ENCODERS, [*folder_paths.get_folder_paths(PREDICTORS), *folder_paths.get_folder_paths("clip_vision")])
-    _register(REFERENCES, [os.path.join(models, REFERENCES),
-                           os.path.join(folder_paths.get_output_directory(), REFERENCES)])
+    _register(
+        REFERENCES, [os.path.join(models, REFERENCES), os.path.join(folder_paths.get_output_directory(), REFERENCES)]
+    )
 
 
 def listed(category: str) -> list[str]:
     """Names that a drop-down offers, through the host's cached listing."""
     return [name for name in folder_paths.get_filename_list(category) if _PARTIAL not in name]
+
+
+class FileInput(io.Combo.Input):
+    """A drop-down of the files of a category.
+
+    The host makes every schema once while it starts. The folders are looked into later, when the schema is told to the
+    browser or an input is checked against it: both go through `as_dict`.
+    """
+
+    def __init__(self, id: str, category: str, tooltip: str):
+        super().__init__(id, options=[], tooltip=tooltip)
+        self.category = category
+
+    def as_dict(self) -> dict:
+        return super().as_dict() | {"options": listed(self.category)}
 
 
 def find(category: str, name: str) -> str:
@@ -59,8 +78,11 @@ def find(category: str, name: str) -> str:
     path = folder_paths.get_full_path(category, name) if name in listed(category) else None
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(category))
-        raise StyleLoomError(f"{name!r} is not there", f"a file in one of: {folders}",
-                             "Put the file there, press R in the browser to read the folders again, and choose it.")
+        raise StyleLoomError(
+            f"{name!r} is not there",
+            f"a file in one of: {folders}",
+            "Put the file there, press R in the browser to read the folders again, and choose it.",
+        )
     return path
 
 
@@ -85,8 +107,11 @@ def save_path(prefix: str, inside: str = "") -> tuple[str, str]:
     """
     parts = prefix.replace("\\", "/").split("/")
     if not parts[-1].strip() or ".." in parts or os.path.isabs(prefix) or ":" in prefix:
-        raise StyleLoomError(f"filename_prefix is {prefix!r}", "a name, with folders if you like, inside output",
-                             "Write for example: loras/my_style")
+        raise StyleLoomError(
+            f"filename_prefix is {prefix!r}",
+            "a name, with folders if you like, inside output",
+            "Write for example: loras/my_style",
+        )
     output = folder_paths.get_output_directory()
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(os.path.join(inside, prefix), output)
     file = f"{name}_{counter:05}_.safetensors"

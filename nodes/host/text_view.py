@@ -19,9 +19,11 @@ _TOWER = "qwen25_7b"
 
 def _refuse(found: str) -> StyleLoomError:
     return StyleLoomError(
-        f"clip of Encode References: {found}", "Qwen-Image's text encoder with its vision part "
+        f"clip of Encode References: {found}",
+        "Qwen-Image's text encoder with its vision part "
         "(qwen_2.5_vl_7b.safetensors or its fp8 version, loaded by Load CLIP as type qwen_image)",
-        "Connect that one. It is needed only for Qwen-Image-i2L Coarse and Fine: leave clip unconnected otherwise.")
+        "Connect that one. It is needed only for Qwen-Image-i2L Coarse and Fine: leave clip unconnected otherwise.",
+    )
 
 
 def check_clip(clip) -> None:

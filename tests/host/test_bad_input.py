@@ -38,8 +38,12 @@ def encoders(run_node):
 
 
 def encode(run_node, encoders, *batches, **kwargs):
-    return run_node("StyleLoomEncodeReferences", encoders=[encoders],
-                    images={f"image{i}": [b] for i, b in enumerate(batches)}, **kwargs)[0]
+    return run_node(
+        "StyleLoomEncodeReferences",
+        encoders=[encoders],
+        images={f"image{i}": [b] for i, b in enumerate(batches)},
+        **kwargs,
+    )[0]
 
 
 @pytest.mark.parametrize("name", ["../kit/z_image_i2l.safetensors", "/etc/passwd", "none.safetensors", "kit/../x", ""])
@@ -57,8 +61,9 @@ def test_saves_stay_in_the_output_folder(prefix, run_node, host):
 
 
 def test_wrong_file_in_each_slot(run_node, host, encoders):
-    words = refused(run_node, "SigLIP2-G384 image encoder", "StyleLoomLoadPredictor",
-                    predictor_name="kit/siglip2_small.safetensors")
+    words = refused(
+        run_node, "SigLIP2-G384 image encoder", "StyleLoomLoadPredictor", predictor_name="kit/siglip2_small.safetensors"
+    )
     assert "kit/siglip2_small.safetensors" in words or "siglip2_small.safetensors" in words
     refused(open_encoders, "swapped", run_node, "kit/dinov3_small.safetensors", "kit/siglip2_small.safetensors")
     refused(open_encoders, "[Pp]redictor", run_node, "kit/z_image_i2l.safetensors")
@@ -82,12 +87,14 @@ def test_truncated_lying_and_poisoned_files(run_node, folder, kit_file, encoders
     whole = kit_file("z_image_i2l").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[:-1000])
     refused(run_node, "cut.safetensors: truncated", "StyleLoomLoadPredictor", predictor_name="bad/cut.safetensors")
-    (folder / "lies.safetensors").write_bytes(whole.replace(b'"shape":[', b'"shape":[9', 1)[:len(whole) + 1])
+    (folder / "lies.safetensors").write_bytes(whole.replace(b'"shape":[', b'"shape":[9', 1)[: len(whole) + 1])
     refused(run_node, "lies.safetensors", "StyleLoomLoadPredictor", predictor_name="bad/lies.safetensors")
 
-    for name, key, slot in (("z_image_i2l", "layers_lora.blocks.40.layers.1.proj_a.proj_in.weight", "predictor"),
-                            ("siglip2_small", "encoder.layers.1.mlp.fc1.weight", "siglip"),
-                            ("dinov3_small", "norm.weight", "dino")):
+    for name, key, slot in (
+        ("z_image_i2l", "layers_lora.blocks.40.layers.1.proj_a.proj_in.weight", "predictor"),
+        ("siglip2_small", "encoder.layers.1.mlp.fc1.weight", "siglip"),
+        ("dinov3_small", "norm.weight", "dino"),
+    ):
         tensors = load_file(str(kit_file(name)))
         tensors[key].view(-1)[7] = float("nan")
         save_file(tensors, str(folder / f"nan_{slot}.safetensors"))
@@ -103,11 +110,13 @@ def test_truncated_lying_and_poisoned_files(run_node, folder, kit_file, encoders
 
 @pytest.mark.parametrize(
     ("image", "words"),
-    [(torch.zeros(0, 8, 8, 3), "image0 is \\[0, 8, 8, 3\\]: it holds no picture"),
-     (torch.zeros(1, 0, 8, 3), "shape"),
-     (torch.zeros(8, 8, 3), "it holds no picture"),
-     (torch.zeros(1, 8, 8, 2), "channels"),
-     (torch.full((1, 8, 8, 3), float("nan")), "not finite")],
+    [
+        (torch.zeros(0, 8, 8, 3), "image0 is \\[0, 8, 8, 3\\]: it holds no picture"),
+        (torch.zeros(1, 0, 8, 3), "shape"),
+        (torch.zeros(8, 8, 3), "it holds no picture"),
+        (torch.zeros(1, 8, 8, 2), "channels"),
+        (torch.full((1, 8, 8, 3), float("nan")), "not finite"),
+    ],
 )
 def test_pictures_that_are_none(image, words, run_node, encoders):
     refused(encode, words, run_node, encoders, image)
@@ -134,7 +143,9 @@ def test_residual_is_asked_for(run_node, encoders):
     references = encode(run_node, encoders, torch.rand(1, 9, 9, 3))
     for kind in ("coarse", "fine"):
         predictor = run_node("StyleLoomLoadPredictor", predictor_name=f"kit/qwen_image_i2l_{kind}.safetensors")[0]
-        words = refused(run_node, f"residual_{kind}", "StyleLoomImageToLoRA", predictor=predictor, references=references)
+        words = refused(
+            run_node, f"residual_{kind}", "StyleLoomImageToLoRA", predictor=predictor, references=references
+        )
         assert "Connect Qwen-Image's CLIP" in words
 
 
@@ -170,7 +181,9 @@ def test_lora_for_another_model(run_node, encoders):
     lora = run_node("StyleLoomImageToLoRA", predictor=predictor, references=references)[0]
     for architecture in ("qwen-image", "sdxl"):
         model = run_node("StyleLoomKitModel", architecture=architecture, seed=0)[0]
-        words = refused(run_node, "476 of the LoRA's 476 keys find no place", "StyleLoomApplyLoRA", model=model, lora=lora)
+        words = refused(
+            run_node, "476 of the LoRA's 476 keys find no place", "StyleLoomApplyLoRA", model=model, lora=lora
+        )
         assert "diffusion_model.layers.0.attention.to_q.lora_A.weight" in words and model.patches == {}
 
     model = run_node("StyleLoomKitModel", architecture="z-image", seed=0)[0]
@@ -179,15 +192,21 @@ def test_lora_for_another_model(run_node, encoders):
     refused(apply, "1 patches have another size", {**lora, key.format("A"): torch.ones(4, 64)})
     refused(apply, "1 patches have another size", {**lora, key.format("B"): torch.ones(300, 4)})
     refused(apply, "1 patches are incomplete", {k: v for k, v in lora.items() if k != key.format("B")})
-    refused(apply, "1 of the LoRA's 477 keys", {**lora, "diffusion_model.layers.99.attention.to_q.lora_A.weight": torch.ones(1)})
+    refused(
+        apply,
+        "1 of the LoRA's 477 keys",
+        {**lora, "diffusion_model.layers.99.attention.to_q.lora_A.weight": torch.ones(1)},
+    )
     refused(apply, "Connect clip", {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(1, 1)})
 
 
 def test_broken_loras(run_node, host):
     folder = host.base / "models" / "loras"
     folder.mkdir(exist_ok=True)
-    save_file({"a.lora_A.weight": torch.full((1, 2), float("inf")), "a.lora_B.weight": torch.ones(2, 1)},
-              str(folder / "inf.safetensors"))
+    save_file(
+        {"a.lora_A.weight": torch.full((1, 2), float("inf")), "a.lora_B.weight": torch.ones(2, 1)},
+        str(folder / "inf.safetensors"),
+    )
     refused(run_node, "'a.lora_A.weight' holds NaN or infinity", "StyleLoomLoadLoRA", lora_name="inf.safetensors")
     (folder / "page.safetensors").write_bytes(b"<html>not found</html>" * 9)
     refused(run_node, "a web page", "StyleLoomLoadLoRA", lora_name="page.safetensors")
@@ -219,8 +238,10 @@ def test_interrupt_leaves_nothing_behind(node, host, run_node, encoders):
     references = encode(run_node, encoders, torch.rand(1, 9, 9, 3))
     predictor = run_node("StyleLoomLoadPredictor", predictor_name="kit/z_image_i2l.safetensors")[0]
     fresh = open_encoders(run_node)
-    run = {"encode": lambda: encode(run_node, fresh, torch.rand(1, 12, 9, 3)),
-           "predict": lambda: run_node("StyleLoomImageToLoRA", predictor=predictor, references=references)}[node]
+    run = {
+        "encode": lambda: encode(run_node, fresh, torch.rand(1, 12, 9, 3)),
+        "predict": lambda: run_node("StyleLoomImageToLoRA", predictor=predictor, references=references),
+    }[node]
     loaded = len(management.current_loaded_models)
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):

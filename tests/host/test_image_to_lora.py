@@ -8,7 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 STRENGTH = 0.7
-FAMILIES = {"z-image": ("kit/z_image_i2l.safetensors", 238), "qwen-image": ("kit/qwen_image_i2l_style.safetensors", 720)}
+FAMILIES = {
+    "z-image": ("kit/z_image_i2l.safetensors", 238),
+    "qwen-image": ("kit/qwen_image_i2l_style.safetensors", 720),
+}
 
 
 def pictures(*sizes, seed=0):
@@ -19,8 +22,12 @@ def pictures(*sizes, seed=0):
 
 @pytest.fixture(scope="module")
 def encoders(run_node):
-    return run_node("StyleLoomLoadImageEncoders", siglip_name="kit/siglip2_small.safetensors",
-                    dino_name="kit/dinov3_small.safetensors", precision="bf16")[0]
+    return run_node(
+        "StyleLoomLoadImageEncoders",
+        siglip_name="kit/siglip2_small.safetensors",
+        dino_name="kit/dinov3_small.safetensors",
+        precision="bf16",
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,9 @@ def references(run_node, encoders):
 
 @pytest.fixture(scope="module")
 def predictors(run_node):
-    return {family: run_node("StyleLoomLoadPredictor", predictor_name=name)[0] for family, (name, _) in FAMILIES.items()}
+    return {
+        family: run_node("StyleLoomLoadPredictor", predictor_name=name)[0] for family, (name, _) in FAMILIES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +49,12 @@ def models(run_node):
 
 @pytest.fixture(scope="module")
 def loras(run_node, predictors, references):
-    return {family: run_node("StyleLoomImageToLoRA", predictor=predictor, references=references, strength=1.0,
-                             arithmetic="fp32")[0] for family, predictor in predictors.items()}
+    return {
+        family: run_node(
+            "StyleLoomImageToLoRA", predictor=predictor, references=references, strength=1.0, arithmetic="fp32"
+        )[0]
+        for family, predictor in predictors.items()
+    }
 
 
 def weights_of(patcher):
@@ -73,18 +86,20 @@ def test_every_target_is_patched_exactly(family, loader, run_node, models, loras
     model, lora = models[family][0], loras[family]
     dim = predictors[family].spec.widths["dim"]
     before = weights_of(model)
-    strength = {"strength": STRENGTH} if loader == "StyleLoomApplyLoRA" else {"strength_model": STRENGTH, "bypass": False}
+    strength = (
+        {"strength": STRENGTH} if loader == "StyleLoomApplyLoRA" else {"strength_model": STRENGTH, "bypass": False}
+    )
     after = patched_weights(run_node(loader, model=model, lora=lora, **strength)[0])
 
     expected = {key: value.double() for key, value in before.items()}
-    targets = {key[len("diffusion_model."):-len(".lora_A.weight")] for key in lora if key.endswith(".lora_A.weight")}
+    targets = {key[len("diffusion_model.") : -len(".lora_A.weight")] for key in lora if key.endswith(".lora_A.weight")}
     assert len(targets) == FAMILIES[family][1]
     for target in targets:
         up, down = (lora[f"diffusion_model.{target}.lora_{x}.weight"].double() for x in "BA")
         key, row = landing(family, target, dim)
         delta = STRENGTH * (up @ down)
         assert delta.abs().max() > 0
-        expected["diffusion_model." + key][row:row + delta.shape[0]] += delta
+        expected["diffusion_model." + key][row : row + delta.shape[0]] += delta
     moved = 0
     for key, value in expected.items():
         torch.testing.assert_close(after[key].double(), value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -101,8 +116,10 @@ def test_exactness_would_notice_swapped_targets(run_node, models, loras):
         q, k = (f"diffusion_model.layers.3.attention.to_{n}.lora_{x}.weight" for n in "qk")
         lora[q], lora[k] = lora[k], lora[q]
     model = models["z-image"][0]
-    right, wrong = (patched_weights(run_node("StyleLoomApplyLoRA", model=model, lora=each, strength=STRENGTH)[0])
-                    for each in (loras["z-image"], lora))
+    right, wrong = (
+        patched_weights(run_node("StyleLoomApplyLoRA", model=model, lora=each, strength=STRENGTH)[0])
+        for each in (loras["z-image"], lora)
+    )
     key = "diffusion_model.layers.3.attention.qkv.weight"
     assert (right[key] - wrong[key]).abs().max() > 1e-3
 
@@ -117,20 +134,27 @@ def test_the_input_model_and_lora_stay_as_they_are(run_node, models, loras):
 
 
 def test_same_in_same_out(run_node, encoders, references, predictors):
-    fresh = run_node("StyleLoomLoadImageEncoders", siglip_name="kit/siglip2_small.safetensors",
-                     dino_name="kit/dinov3_small.safetensors", precision="bf16")[0]
+    fresh = run_node(
+        "StyleLoomLoadImageEncoders",
+        siglip_name="kit/siglip2_small.safetensors",
+        dino_name="kit/dinov3_small.safetensors",
+        precision="bf16",
+    )[0]
     again = run_node("StyleLoomEncodeReferences", encoders=[fresh], images=pictures((2, 64, 96), (1, 300, 40)))[0]
     assert torch.equal(again.embeddings, references.embeddings) and again.images == references.images
-    a, b = (run_node("StyleLoomImageToLoRA", predictor=predictors["z-image"], references=r, strength=1.0)
-            for r in (references, again))
+    a, b = (
+        run_node("StyleLoomImageToLoRA", predictor=predictors["z-image"], references=r, strength=1.0)
+        for r in (references, again)
+    )
     assert a[1] == b[1] and all(torch.equal(a[0][key], b[0][key]) for key in a[0])
 
 
 def test_lists_batches_and_order_are_one_set(run_node, encoders, references):
     a, b = pictures((2, 64, 96), (1, 300, 40)).values()
     split = {"image0": [a[0][:1], a[0][1:]], "image1": b}
-    assert torch.equal(run_node("StyleLoomEncodeReferences", encoders=[encoders], images=split)[0].embeddings,
-                       references.embeddings)
+    assert torch.equal(
+        run_node("StyleLoomEncodeReferences", encoders=[encoders], images=split)[0].embeddings, references.embeddings
+    )
     # image10 comes after image2, as on the canvas.
     many = {f"image{i}": [torch.full((1, 8, 8, 3), i / 20)] for i in (0, 1, 10, 2)}
     ordered = run_node("StyleLoomEncodeReferences", encoders=[encoders], images=many)[0]
@@ -145,23 +169,34 @@ def test_a_picture_seen_before_is_not_encoded_again(run_node, pack, monkeypatch)
     runs = []
     original = towers.TowerRun.__call__
     monkeypatch.setattr(towers.TowerRun, "__call__", lambda self, *a: runs.append(self.file.kind) or original(self, *a))
-    fresh = run_node("StyleLoomLoadImageEncoders", siglip_name="kit/siglip2_small.safetensors",
-                     dino_name="kit/dinov3_small.safetensors", precision="bf16")[0]
+    fresh = run_node(
+        "StyleLoomLoadImageEncoders",
+        siglip_name="kit/siglip2_small.safetensors",
+        dino_name="kit/dinov3_small.safetensors",
+        precision="bf16",
+    )[0]
     images = pictures((2, 40, 40))
     first = run_node("StyleLoomEncodeReferences", encoders=[fresh], images=images)[0]
     assert runs == ["siglip2"] * 2 + ["dinov3"] * 2
-    more = run_node("StyleLoomEncodeReferences", encoders=[fresh], images={**images, **{
-        "image1": [torch.zeros(1, 9, 9, 3)]}})[0]
+    more = run_node(
+        "StyleLoomEncodeReferences", encoders=[fresh], images={**images, **{"image1": [torch.zeros(1, 9, 9, 3)]}}
+    )[0]
     assert runs == ["siglip2"] * 2 + ["dinov3"] * 2 + ["siglip2", "dinov3"]
     assert torch.equal(more.embeddings[:2], first.embeddings)
 
 
 @pytest.mark.parametrize(("precision", "close"), [("fp8", 0.15), ("fp32", 0.02)])
 def test_other_precisions_see_the_same(precision, close, run_node, references):
-    encoders = run_node("StyleLoomLoadImageEncoders", siglip_name="kit/siglip2_small.safetensors",
-                        dino_name="kit/dinov3_small.safetensors", precision=precision)[0]
+    encoders = run_node(
+        "StyleLoomLoadImageEncoders",
+        siglip_name="kit/siglip2_small.safetensors",
+        dino_name="kit/dinov3_small.safetensors",
+        precision=precision,
+    )[0]
     other = run_node("StyleLoomEncodeReferences", encoders=[encoders], images=pictures((2, 64, 96), (1, 300, 40)))[0]
-    difference = (other.embeddings.float() - references.embeddings.float()).norm() / references.embeddings.float().norm()
+    difference = (
+        other.embeddings.float() - references.embeddings.float()
+    ).norm() / references.embeddings.float().norm()
     assert 0 < difference < close and precision in other.encoders["siglip"]
 
 
@@ -180,16 +215,25 @@ def test_gray_references(run_node, encoders):
 
 
 def test_weights_and_rank_cap(run_node, predictors, references, loras):
-    run = lambda **kw: run_node("StyleLoomImageToLoRA", predictor=predictors["z-image"], references=references,  # noqa: E731
-                                arithmetic="fp32", **kw)[0]
+    run = lambda **kw: run_node(
+        "StyleLoomImageToLoRA",
+        predictor=predictors["z-image"],
+        references=references,  # noqa: E731
+        arithmetic="fp32",
+        **kw,
+    )[0]
     key = "diffusion_model.layers.7.feed_forward.w2.lora_{}.weight"
     delta = lambda lora: lora[key.format("B")].double() @ lora[key.format("A")].double()  # noqa: E731
     assert loras["z-image"][key.format("A")].shape[0] == 12
     one = run(strength=1.0, image_weights="0 1 0")
     assert one[key.format("A")].shape[0] == 4
     parts = [delta(run(strength=1.0, image_weights=w)) for w in ("1 0 0", "0 1 0", "0 0 1")]
-    torch.testing.assert_close(delta(run(strength=2.0, image_weights="1, 1, 2")),
-                               2 * (parts[0] / 4 + parts[1] / 4 + parts[2] / 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        delta(run(strength=2.0, image_weights="1, 1, 2")),
+        2 * (parts[0] / 4 + parts[1] / 4 + parts[2] / 2),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     capped = run(strength=1.0, max_rank=5)
     u, s, v = torch.linalg.svd(delta(loras["z-image"]))
     torch.testing.assert_close(delta(capped), u[:, :5] * s[:5] @ v[:5], rtol=1e-4, atol=1e-5)
@@ -198,19 +242,28 @@ def test_weights_and_rank_cap(run_node, predictors, references, loras):
 @pytest.fixture(scope="module")
 def qwen(run_node, models, encoders):
     """Coarse, Fine and Bias, and references that hold what they read."""
-    coarse, fine = (run_node("StyleLoomLoadPredictor", predictor_name=f"kit/qwen_image_i2l_{kind}.safetensors")[0]
-                    for kind in ("coarse", "fine"))
+    coarse, fine = (
+        run_node("StyleLoomLoadPredictor", predictor_name=f"kit/qwen_image_i2l_{kind}.safetensors")[0]
+        for kind in ("coarse", "fine")
+    )
     bias = run_node("StyleLoomLoadLoRA", lora_name="kit/qwen_image_i2l_bias.safetensors")[0]
-    seen = run_node("StyleLoomEncodeReferences", encoders=[encoders], images=pictures((2, 70, 50)),
-                    clip=[models["qwen-image"][1]])[0]
+    seen = run_node(
+        "StyleLoomEncodeReferences", encoders=[encoders], images=pictures((2, 70, 50)), clip=[models["qwen-image"][1]]
+    )[0]
     return coarse, fine, bias, seen
 
 
 def test_coarse_fine_and_bias_add_up(run_node, qwen, models):
     coarse, fine, bias, seen = qwen
     assert seen.residual_coarse.shape[:2] == (2, 71) and seen.residual_fine.shape[:2] == (2, 1376)
-    run = lambda predictor, **kw: run_node("StyleLoomImageToLoRA", predictor=predictor, references=seen,  # noqa: E731
-                                           strength=1.0, arithmetic="fp32", **kw)
+    run = lambda predictor, **kw: run_node(
+        "StyleLoomImageToLoRA",
+        predictor=predictor,
+        references=seen,  # noqa: E731
+        strength=1.0,
+        arithmetic="fp32",
+        **kw,
+    )
     whole, report = run(coarse, predictor_fine=fine, bias_lora=bias)
     parts = run(coarse)[0], run(fine)[0]
     assert "warning: kit/qwen_image_i2l_fine" in run(fine)[1]
@@ -218,9 +271,12 @@ def test_coarse_fine_and_bias_add_up(run_node, qwen, models):
     key = f"diffusion_model.{name}.lora_{{}}.weight"
     assert whole[key.format("A")].shape[0] == 2 * 4 * 2 + bias[f"{name}.lora_A.default.weight"].shape[0]
     expected = sum(p[key.format("B")].double() @ p[key.format("A")].double() for p in parts)
-    expected = expected + bias[f"{name}.lora_B.default.weight"].double() @ bias[f"{name}.lora_A.default.weight"].double()
-    torch.testing.assert_close(whole[key.format("B")].double() @ whole[key.format("A")].double(), expected,
-                               rtol=1e-4, atol=1e-5)
+    expected = (
+        expected + bias[f"{name}.lora_B.default.weight"].double() @ bias[f"{name}.lora_A.default.weight"].double()
+    )
+    torch.testing.assert_close(
+        whole[key.format("B")].double() @ whole[key.format("A")].double(), expected, rtol=1e-4, atol=1e-5
+    )
     assert "+ bias" in report
     assert "720 of 720" in run_node("StyleLoomApplyLoRA", model=models["qwen-image"][0], lora=whole, strength=1.0)[2]
     # The bias is an ordinary LoRA file too.
@@ -236,8 +292,10 @@ def test_saved_references_make_the_same_lora(run_node, host, qwen):
     assert (host.base / "output/i2l_references/two/view_00001_.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("as it is", torch.float32), ("bf16", torch.bfloat16),
-                                                  ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("as it is", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)],
+)
 def test_saved_lora_loads_in_the_host_and_names_its_recipe(precision, dtype, run_node, host, loras, models):
     import json
 
@@ -247,7 +305,9 @@ def test_saved_lora_loads_in_the_host_and_names_its_recipe(precision, dtype, run
         recipe = json.loads(f.metadata()["styleloom.recipe"])
     assert recipe["family"] == "z-image" and recipe["rank"] == 12 and len(recipe["images"]) == 3
     assert all(len(i["sha256"]) == 64 and i["weight"] == pytest.approx(1 / 3) for i in recipe["images"])
-    assert recipe["predictors"][0]["name"] == FAMILIES["z-image"][0] and len(recipe["predictors"][0]["fingerprint"]) == 64
+    assert (
+        recipe["predictors"][0]["name"] == FAMILIES["z-image"][0] and len(recipe["predictors"][0]["fingerprint"]) == 64
+    )
     assert {t.dtype for t in load_file(str(file)).values()} == {dtype}
 
     host.folder_paths.add_model_folder_path("loras", str(host.base / "output" / "loras"))
@@ -256,7 +316,10 @@ def test_saved_lora_loads_in_the_host_and_names_its_recipe(precision, dtype, run
     stock = run_node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)[0]
     ours = run_node("StyleLoomLoadLoRA", lora_name=name)[0]
     assert ours.metadata["styleloom.recipe"] and len(stock.patches) == 34 * 5
-    a, b = patched_weights(stock), patched_weights(run_node("StyleLoomApplyLoRA", model=model, lora=ours, strength=1.0)[0])
+    a, b = (
+        patched_weights(stock),
+        patched_weights(run_node("StyleLoomApplyLoRA", model=model, lora=ours, strength=1.0)[0]),
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -270,8 +333,19 @@ def test_sampling_moves_with_the_lora(run_node, models, loras):
     model, clip, _ = models["z-image"]
     positive, negative = (run_node("CLIPTextEncode", clip=clip, text=t)[0] for t in ("a red house", ""))
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
-    run = lambda m: run_node("KSampler", model=m, positive=positive, negative=negative, latent_image=latent, seed=1,  # noqa: E731
-                             steps=2, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0)[0]["samples"]
+    run = lambda m: run_node(
+        "KSampler",
+        model=m,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        seed=1,  # noqa: E731
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )[0]["samples"]
     plain = run(model)
     with_lora = run(run_node("StyleLoomApplyLoRA", model=model, lora=loras["z-image"], strength=1.0)[0])
     assert bool(with_lora.isfinite().all()) and (with_lora - plain).norm() / plain.norm() > 1e-3

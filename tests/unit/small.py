@@ -17,8 +17,10 @@ Q_FINE = replace(Q_SMALL, residual=Residual(text_width=4, tokens=1376, mid=2))
 
 def random_tensors(spec: PredictorSpec, seed: int = 0, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {key: (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
-            for key, shape in key_shapes(spec).items()}
+    return {
+        key: (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
+        for key, shape in key_shapes(spec).items()
+    }
 
 
 def write_predictor(path, spec: PredictorSpec, seed: int = 0, dtype=torch.bfloat16):

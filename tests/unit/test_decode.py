@@ -66,8 +66,15 @@ def test_every_element_follows_the_formula(spec, count, tmp_path):
     assert list(decoded) == [t.name for t in targets(spec.family)]
     for target in chosen:
         for n in range(count) if not spec.residual else (count - 1,):
-            a, b = oracle(tensors, target.stored, x[n].tolist(), spec.rank, spec.widths[target.a_width],
-                          spec.widths[target.b_width], hidden[n].tolist() if spec.residual else None)
+            a, b = oracle(
+                tensors,
+                target.stored,
+                x[n].tolist(),
+                spec.rank,
+                spec.widths[target.a_width],
+                spec.widths[target.b_width],
+                hidden[n].tolist() if spec.residual else None,
+            )
             pair = decoded[target.name][n]
             torch.testing.assert_close(pair.down.double(), a, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(pair.up.double(), b, rtol=1e-5, atol=1e-5)

@@ -17,8 +17,10 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.in
 
 def _pair(n_in, n_out, rank, seed, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, n_in, generator=g, dtype=torch.float64).to(dtype),
-                   torch.randn(n_out, rank, generator=g, dtype=torch.float64).to(dtype))
+    return Factors(
+        torch.randn(rank, n_in, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(n_out, rank, generator=g, dtype=torch.float64).to(dtype),
+    )
 
 
 def _delta(pair):
@@ -53,12 +55,20 @@ def test_truncate_refuses_rank_zero():
 
 
 @settings(deadline=None, max_examples=50)
-@given(count=st.integers(1, 5), predictors=st.integers(1, 2), seed=st.integers(0, 1000),
-       strength=st.floats(-3, 3), raw=st.lists(st.floats(0, 5), min_size=5, max_size=5), with_bias=st.booleans())
+@given(
+    count=st.integers(1, 5),
+    predictors=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+    strength=st.floats(-3, 3),
+    raw=st.lists(st.floats(0, 5), min_size=5, max_size=5),
+    with_bias=st.booleans(),
+)
 def test_fusion_is_the_weighted_sum_of_changes(count, predictors, seed, strength, raw, with_bias):
     raw = [w + (0.1 if i == 0 else 0) for i, w in enumerate(raw[:count])]
     weights = [w / sum(raw) for w in raw]
-    decoded = [{"t": [_pair(6, 5, 2, seed + 10 * p + n, torch.float32) for n in range(count)]} for p in range(predictors)]
+    decoded = [
+        {"t": [_pair(6, 5, 2, seed + 10 * p + n, torch.float32) for n in range(count)]} for p in range(predictors)
+    ]
     bias = {"t": _pair(6, 5, 3, seed + 99, torch.float32)} if with_bias else None
     fused = fuse(decoded, weights, strength, extra=bias)["t"]
     expected = sum(w * _delta(d["t"][n]) for d in decoded for n, w in enumerate(weights))
@@ -93,7 +103,13 @@ def test_rank_cap_of_a_fusion(max_rank):
 
 @pytest.mark.parametrize(
     ("text", "weights"),
-    [("", [1 / 3] * 3), ("  ", [1 / 3] * 3), ("1,1,1", [1 / 3] * 3), ("2 1\n1", [0.5, 0.25, 0.25]), ("0; 3; 0", [0, 1, 0])],
+    [
+        ("", [1 / 3] * 3),
+        ("  ", [1 / 3] * 3),
+        ("1,1,1", [1 / 3] * 3),
+        ("2 1\n1", [0.5, 0.25, 0.25]),
+        ("0; 3; 0", [0, 1, 0]),
+    ],
 )
 def test_weights_are_read(text, weights):
     assert parse_weights(text, 3) == weights
@@ -101,8 +117,15 @@ def test_weights_are_read(text, weights):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("1, x, 2", "numbers, such as"), ("1,2", "has 2 numbers for 3 pictures"), ("1 2 3 4", "has 4 numbers"),
-     ("1,-1,1", "0 or more"), ("0 0 0", "not all of them 0"), ("nan 1 1", "0 or more"), ("inf,1,1", "0 or more")],
+    [
+        ("1, x, 2", "numbers, such as"),
+        ("1,2", "has 2 numbers for 3 pictures"),
+        ("1 2 3 4", "has 4 numbers"),
+        ("1,-1,1", "0 or more"),
+        ("0 0 0", "not all of them 0"),
+        ("nan 1 1", "0 or more"),
+        ("inf,1,1", "0 or more"),
+    ],
 )
 def test_weights_that_mean_nothing_are_refused(text, words):
     with pytest.raises(StyleLoomError, match=words):
@@ -117,21 +140,34 @@ def _named(spelling, name="layers.0.attention.to_q", alpha=None):
     return pair, lora
 
 
-@pytest.mark.parametrize("spelling", [
-    (".lora_A.weight", ".lora_B.weight"), (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora_down.weight", ".lora_up.weight"), (".lora.down.weight", ".lora.up.weight")])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora_A.default.weight", ".lora_B.default.weight"),
+        (".lora_down.weight", ".lora_up.weight"),
+        (".lora.down.weight", ".lora.up.weight"),
+    ],
+)
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
 @pytest.mark.parametrize("alpha", [None, 1.0, 4.0])
 def test_pairs_are_read_in_every_spelling(spelling, prefix, alpha):
     pair, lora = _named(spelling, prefix + "layers.0.attention.to_q", alpha)
     pairs, rest = split_pairs(lora)
     assert list(pairs) == ["layers.0.attention.to_q"] and rest == []
-    torch.testing.assert_close(_delta(pairs["layers.0.attention.to_q"]), _delta(pair) * (1 if alpha is None else alpha / 2))
+    torch.testing.assert_close(
+        _delta(pairs["layers.0.attention.to_q"]), _delta(pair) * (1 if alpha is None else alpha / 2)
+    )
 
 
 def test_what_is_no_pair_is_left_over():
-    lora = {"a.lora_A.weight": torch.ones(2, 3), "b.diff": torch.ones(1), "c.alpha": torch.ones(()),
-            "d.lora_down.weight": torch.ones(2, 3, 1, 1), "d.lora_up.weight": torch.ones(4, 2, 1, 1)}
+    lora = {
+        "a.lora_A.weight": torch.ones(2, 3),
+        "b.diff": torch.ones(1),
+        "c.alpha": torch.ones(()),
+        "d.lora_down.weight": torch.ones(2, 3, 1, 1),
+        "d.lora_up.weight": torch.ones(4, 2, 1, 1),
+    }
     pairs, rest = split_pairs(lora)
     assert pairs == {} and set(rest) == set(lora)
     with pytest.raises(StyleLoomError, match=r"\[2, 3\].*\[4, 1\]"):
@@ -153,10 +189,13 @@ def test_concatenate_keeps_dtype():
 
 @pytest.mark.parametrize(
     ("bias", "rest", "words"),
-    [({"a": _pair(3, 4, 2, 0)}, [], "lacks 1 targets \\(b\\)"),
-     ({k: _pair(3, 4, 2, 0) for k in "abc"}, [], "additional keys, not of the predictor: 1 targets \\(c\\)"),
-     ({k: _pair(3, 4, 2, 0) for k in "ab"}, ["z.diff"], "z.diff"),
-     ({k: _pair(3, 5, 2, 0) for k in "ab"}, [], "other widths at 2 targets")])
+    [
+        ({"a": _pair(3, 4, 2, 0)}, [], "lacks 1 targets \\(b\\)"),
+        ({k: _pair(3, 4, 2, 0) for k in "abc"}, [], "additional keys, not of the predictor: 1 targets \\(c\\)"),
+        ({k: _pair(3, 4, 2, 0) for k in "ab"}, ["z.diff"], "z.diff"),
+        ({k: _pair(3, 5, 2, 0) for k in "ab"}, [], "other widths at 2 targets"),
+    ],
+)
 def test_a_bias_of_other_targets_is_refused(bias, rest, words):
     with pytest.raises(StyleLoomError, match=words):
         check_bias(bias, rest, ["a", "b"], lambda name: (3, 4))

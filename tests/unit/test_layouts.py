@@ -19,10 +19,20 @@ Z, QWEN = FAMILIES["z-image"], FAMILIES["qwen-image"]
 # registry (DiffSynth-Studio, diffsynth/configs/model_configs.py) and file sizes.
 CHECKPOINTS = [
     ("style", PredictorSpec(QWEN, 64, 5632, 4, QWEN.widths), "0aad514690602ecaff932c701cb4b0bb", 2880, 2_406_481_920),
-    ("coarse", PredictorSpec(QWEN, 128, 5632, 4, QWEN.widths, Residual(3584, 71, 1024)),
-     "a166c33455cdbd89c0888a3645ca5c0f", 3360, 7_927_234_560),
-    ("fine", PredictorSpec(QWEN, 128, 5632, 4, QWEN.widths, Residual(3584, 1376, 64)),
-     "a5476e691767a4da6d3a6634a10f7408", 3360, 7_573_340_160),
+    (
+        "coarse",
+        PredictorSpec(QWEN, 128, 5632, 4, QWEN.widths, Residual(3584, 71, 1024)),
+        "a166c33455cdbd89c0888a3645ca5c0f",
+        3360,
+        7_927_234_560,
+    ),
+    (
+        "fine",
+        PredictorSpec(QWEN, 128, 5632, 4, QWEN.widths, Residual(3584, 1376, 64)),
+        "a5476e691767a4da6d3a6634a10f7408",
+        3360,
+        7_573_340_160,
+    ),
     ("z-image", PredictorSpec(Z, 128, 5632, 4, Z.widths), "9510cb8cd1dd34ee0e4f111c24905510", 952, 1_613_234_176),
     ("z-image 64", PredictorSpec(Z, 64, 5632, 4, Z.widths), "4f04fa4db33673882c675f426bf42602", 952, None),
     ("z-image 256", PredictorSpec(Z, 256, 5632, 4, Z.widths), "cd7427f65cd4cc8092c00c373e2e0a23", 952, None),
@@ -33,7 +43,9 @@ def _header(shapes, tmp_path, dtype="BF16"):
     return Header(tmp_path / "model.safetensors", {k: TensorInfo(dtype, tuple(s), 0, 0) for k, s in shapes.items()}, {})
 
 
-@pytest.mark.parametrize(("name", "spec", "md5", "tensors", "parameters"), CHECKPOINTS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "spec", "md5", "tensors", "parameters"), CHECKPOINTS, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_published_hashes_are_reproduced(name, spec, md5, tensors, parameters, tmp_path):
     shapes = key_shapes(spec)
     assert len(shapes) == tensors

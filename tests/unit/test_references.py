@@ -18,9 +18,13 @@ from styleloom.weights.i2l.references import References, load_references, save_r
 def _references(count=2, width=12, coarse=False, fine=False, seed=0):
     g = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
-    return References(make(count, width), tuple(f"{seed}-{i}" for i in range(count)),
-                      make(count, 71, 4) if coarse else None, make(count, 1376, 4) if fine else None,
-                      {"siglip": "a", "dino": "b"})
+    return References(
+        make(count, width),
+        tuple(f"{seed}-{i}" for i in range(count)),
+        make(count, 71, 4) if coarse else None,
+        make(count, 1376, 4) if fine else None,
+        {"siglip": "a", "dino": "b"},
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -55,7 +59,11 @@ def test_a_published_embedding_takes_eleven_kilobytes(tmp_path):
         ({"embeddings": torch.ones(0, 3)}, {}, r"'embeddings' is \[0, 3\]"),
         ({"embeddings": torch.ones(1, 3), "other": torch.ones(1)}, {}, "unknown tensors other"),
         ({"embeddings": torch.full((1, 3), float("nan"))}, {}, "holds NaN"),
-        ({"embeddings": torch.ones(2, 3), "residual_fine": torch.ones(1, 4, 4)}, {}, r"'residual_fine' is \[1, 4, 4\] for 2"),
+        (
+            {"embeddings": torch.ones(2, 3), "residual_fine": torch.ones(1, 4, 4)},
+            {},
+            r"'residual_fine' is \[1, 4, 4\] for 2",
+        ),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references": "9"}, "format version 9"),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": "[1, 2]"}, "metadata of 2 pictures for 1"),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": "["}, "not JSON"),

@@ -26,8 +26,10 @@ def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64]))
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64]),
+)
 def test_reads_what_the_library_writes(tmp_path_factory, shapes, dtype):
     path = tmp_path_factory.mktemp("st") / "a.safetensors"
     tensors = {f"t{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
@@ -62,7 +64,11 @@ def test_other_kinds_of_file_are_named(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [
-        ({"x": _entry(offsets=(0, 8))}, b"\0" * 4, "truncated: the header promises 8 bytes of tensors and the file holds 4"),
+        (
+            {"x": _entry(offsets=(0, 8))},
+            b"\0" * 4,
+            "truncated: the header promises 8 bytes of tensors and the file holds 4",
+        ),
         ({"x": _entry(shape=(3,))}, b"\0" * 8, "'x' the shape \\[3\\] in F32 and 8 bytes, which do not fit"),
         ({"x": _entry(shape=(-2,))}, b"\0" * 8, "do not fit"),
         ({"x": _entry(), "y": _entry()}, b"\0" * 8, "puts 'y' at byte 0 of the data, where 8 is due"),

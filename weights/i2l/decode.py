@@ -63,9 +63,11 @@ def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden
     name = file.header.name
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != spec.in_dim:
         raise StyleLoomError(
-            f"the references are {list(x.shape)}, which {name} cannot read", f"(pictures, {spec.in_dim})",
+            f"the references are {list(x.shape)}, which {name} cannot read",
+            f"(pictures, {spec.in_dim})",
             "Encode the references with the two image encoders that belong to this predictor "
-            "(SigLIP2-G384 and DINOv3-7B for the published ones).")
+            "(SigLIP2-G384 and DINOv3-7B for the published ones).",
+        )
     r = spec.residual
     if r is None:
         return
@@ -73,12 +75,14 @@ def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden
         raise StyleLoomError(
             f"{name} also reads the text encoder's view of the pictures (residual_{r.kind}), which the references lack",
             f"references encoded with Qwen-Image's text encoder ({r.tokens} tokens of {r.text_width})",
-            "Connect Qwen-Image's CLIP (with its vision part) to Encode References.")
+            "Connect Qwen-Image's CLIP (with its vision part) to Encode References.",
+        )
     if tuple(hidden.shape) != (x.shape[0], r.tokens, r.text_width):
         raise StyleLoomError(
             f"residual_{r.kind} of the references is {list(hidden.shape)}, which {name} cannot read",
             f"({x.shape[0]}, {r.tokens}, {r.text_width})",
-            "Encode the references with the text encoder that belongs to this predictor (Qwen2.5-VL 7B).")
+            "Encode the references with the text encoder that belongs to this predictor (Qwen2.5-VL 7B).",
+        )
 
 
 def _check_finite(file: TensorFile, stored: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -87,8 +91,11 @@ def _check_finite(file: TensorFile, stored: str, pair: tuple[torch.Tensor, torch
     keys = [key for key in file.header.tensors if key.startswith(stored.rsplit(".layers.", 1)[0] + ".")]
     bad = [key for key in keys if not bool(file[key].float().isfinite().all())]
     where = f"its tensor {bad[0]} holds NaN or infinity" if bad else f"{stored} overflows for these references"
-    raise StyleLoomError(f"{file.header.name}: {where}", "finite numbers",
-                         "Download the predictor again." if bad else "Use the arithmetic fp32.")
+    raise StyleLoomError(
+        f"{file.header.name}: {where}",
+        "finite numbers",
+        "Download the predictor again." if bad else "Use the arithmetic fp32.",
+    )
 
 
 def decode(
@@ -137,8 +144,10 @@ def decode(
         residual = _residual(file, block, hidden) if spec.residual is not None else None
         for target in group:
             factors = []
-            for factor, shape in (("proj_a", (spec.rank, spec.widths[target.a_width])),
-                                  ("proj_b", (spec.widths[target.b_width], spec.rank))):
+            for factor, shape in (
+                ("proj_a", (spec.rank, spec.widths[target.a_width])),
+                ("proj_b", (spec.widths[target.b_width], spec.rank)),
+            ):
                 h = _apply(x, file[f"{target.stored}.{factor}.proj_in.weight"])
                 if residual is not None:
                     h = h + residual

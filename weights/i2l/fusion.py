@@ -26,14 +26,21 @@ def parse_weights(text: str, count: int) -> list[float]:
     try:
         weights = [float(word) for word in words]
     except ValueError as error:
-        raise StyleLoomError(f"image_weights is {text!r}", "numbers, such as: 1, 0.5, 2",
-                             "Write one number per picture, or leave it empty for equal weights.") from error
+        raise StyleLoomError(
+            f"image_weights is {text!r}",
+            "numbers, such as: 1, 0.5, 2",
+            "Write one number per picture, or leave it empty for equal weights.",
+        ) from error
     if len(weights) != count:
-        raise StyleLoomError(f"image_weights has {len(weights)} numbers for {count} pictures", f"{count} numbers",
-                             "Write one number per picture, in the order of the references, or leave it empty.")
+        raise StyleLoomError(
+            f"image_weights has {len(weights)} numbers for {count} pictures",
+            f"{count} numbers",
+            "Write one number per picture, in the order of the references, or leave it empty.",
+        )
     if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) == 0:
-        raise StyleLoomError(f"image_weights is {text!r}", "numbers of 0 or more, not all of them 0",
-                             "Use 0 to leave a picture out.")
+        raise StyleLoomError(
+            f"image_weights is {text!r}", "numbers of 0 or more, not all of them 0", "Use 0 to leave a picture out."
+        )
     total = sum(weights)
     return [w / total for w in weights]
 
@@ -81,7 +88,9 @@ def fuse(
     return fused
 
 
-def check_bias(extra: dict[str, Factors], rest: list[str], names: Sequence[str], widths: Callable[[str], tuple]) -> None:
+def check_bias(
+    extra: dict[str, Factors], rest: list[str], names: Sequence[str], widths: Callable[[str], tuple]
+) -> None:
     """The bias LoRA must cover exactly the targets of the predictor.
 
     Args:
@@ -94,13 +103,18 @@ def check_bias(extra: dict[str, Factors], rest: list[str], names: Sequence[str],
     """
     missing = [name for name in names if name not in extra]
     unknown = [name for name in extra if name not in set(names)] + rest
-    wrong = [name for name in names if name in extra
-             and (extra[name].down.shape[1], extra[name].up.shape[0]) != widths(name)]
-    for problem, keys in (("lacks", missing), ("has additional keys, not of the predictor:", unknown),
-                          ("has other widths at", wrong)):
+    wrong = [
+        name for name in names if name in extra and (extra[name].down.shape[1], extra[name].up.shape[0]) != widths(name)
+    ]
+    for problem, keys in (
+        ("lacks", missing),
+        ("has additional keys, not of the predictor:", unknown),
+        ("has other widths at", wrong),
+    ):
         if keys:
             raise StyleLoomError(
                 f"bias_lora {problem} {len(keys)} targets ({', '.join(keys[:3])})",
                 f"a LoRA of exactly the predictor's {len(names)} targets, such as Qwen-Image-i2L-Bias.safetensors",
                 "Load the bias that was published with the predictor, or leave bias_lora unconnected and apply the "
-                "other LoRA to the model after this one.")
+                "other LoRA to the model after this one.",
+            )

@@ -24,8 +24,10 @@ PUBLISHED = {
     "cd7427f65cd4cc8092c00c373e2e0a23": "Z-Image i2L, unreleased, compress 256",
 }
 _NAMED = "Qwen-Image-i2L (Style, Coarse, Fine), Z-Image-i2L or Z-Image-Omni-Base-i2L"
-_GET_ONE = ("Download one from huggingface.co/DiffSynth-Studio or modelscope.cn/models/DiffSynth-Studio into "
-            "models/i2l, and choose it here.")
+_GET_ONE = (
+    "Download one from huggingface.co/DiffSynth-Studio or modelscope.cn/models/DiffSynth-Studio into "
+    "models/i2l, and choose it here."
+)
 
 
 def key_hash(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -54,9 +56,11 @@ class Recognised:
         if self.published:
             return ""
         widths = ", ".join(f"{name} {width}" for name, width in self.spec.widths.items())
-        return (f"key hash {self.key_hash} is not that of a published i2L predictor; its shapes are consistent "
-                f"({self.spec.family.label}, {widths}, compress {self.spec.compress}, rank {self.spec.rank}), "
-                "so it is used as they say")
+        return (
+            f"key hash {self.key_hash} is not that of a published i2L predictor; its shapes are consistent "
+            f"({self.spec.family.label}, {widths}, compress {self.spec.compress}, rank {self.spec.rank}), "
+            "so it is used as they say"
+        )
 
 
 def describe(names: Iterable[str]) -> str:
@@ -92,22 +96,29 @@ def _family(header: Header) -> Family:
     kind = describe(header.tensors)
     if kind == "an i2L v2 predictor":
         raise StyleLoomError(
-            f"{header.name}: this is an i2L v2 predictor", f"a v1 predictor: {_NAMED}",
+            f"{header.name}: this is an i2L v2 predictor",
+            f"a v1 predictor: {_NAMED}",
             "The mathematics of v2 is published only as code inside the model's own folder, and StyleLoom runs no code "
-            "from model folders. Use the v1 predictor of your base model.")
+            "from model folders. Use the v1 predictor of your base model.",
+        )
     for family in FAMILIES.values():
         stored = [component.stored + "." for component in family.components]
         if any(key.startswith(stored[0]) and ".proj_a." in key for key in header.tensors):
             return family
-    raise StyleLoomError(f"{header.name}: this is {kind}, not an i2L predictor", f"an i2L predictor: {_NAMED}", _GET_ONE)
+    raise StyleLoomError(
+        f"{header.name}: this is {kind}, not an i2L predictor", f"an i2L predictor: {_NAMED}", _GET_ONE
+    )
 
 
 def _shape(header: Header, key: str) -> tuple[int, int]:
     info = header.tensors.get(key)
     if info is None or len(info.shape) != 2 or 0 in info.shape:
         found = "is missing" if info is None else f"has the shape {list(info.shape)}"
-        raise StyleLoomError(f"{header.name}: the tensor {key!r} {found}", "a matrix that every i2L predictor has",
-                             "The file is damaged or was cut: download it again.")
+        raise StyleLoomError(
+            f"{header.name}: the tensor {key!r} {found}",
+            "a matrix that every i2L predictor has",
+            "The file is damaged or was cut: download it again.",
+        )
     return info.shape
 
 
@@ -131,7 +142,9 @@ def _read_spec(header: Header, family: Family) -> PredictorSpec:
     if any(count % rank for count in rows.values()):
         raise StyleLoomError(
             f"{header.name}: the output maps have {rows} rows",
-            f"multiples of the rank {rank} (published: {family.widths} times the rank)", _GET_ONE)
+            f"multiples of the rank {rank} (published: {family.widths} times the rank)",
+            _GET_ONE,
+        )
 
     residual = None
     key = f"{any_target.block}.proj_residual.proj_in.weight"
@@ -163,15 +176,20 @@ def recognise_predictor(header: Header) -> Recognised:
     found = header.shapes
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is not part of one" for key in found if key not in expected]
-    problems += [f"{key} is {list(found[key])} instead of {list(shape)}"
-                 for key, shape in expected.items() if found.get(key, shape) != shape]
-    problems += [f"{key} is stored as {info.dtype}" for key, info in header.tensors.items()
-                 if info.dtype not in FLOAT_DTYPES]
+    problems += [
+        f"{key} is {list(found[key])} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
+    problems += [
+        f"{key} is stored as {info.dtype}" for key, info in header.tensors.items() if info.dtype not in FLOAT_DTYPES
+    ]
     if problems:
         shown = "; ".join(problems[:4])
         raise StyleLoomError(
             f"{header.name}: {len(problems)} tensors do not belong to a {spec.family.label} i2L predictor: {shown}",
             f"{len(expected)} float tensors of one layout, as in {_NAMED}",
-            "Download the file again; if it was converted by a tool, use the publisher's own.")
+            "Download the file again; if it was converted by a tool, use the publisher's own.",
+        )
     digest = key_hash(found)
     return Recognised(spec, digest, PUBLISHED.get(digest, ""))

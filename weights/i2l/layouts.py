@@ -48,25 +48,48 @@ FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "z-image", "Z-Image",
-            (Component("layers_lora.blocks", 30, "layers"),
-             Component("context_refiner_lora.blocks", 2, "context_refiner"),
-             Component("noise_refiner_lora.blocks", 2, "noise_refiner")),
-            ((("attention.to_q", "dim", "dim"), ("attention.to_k", "dim", "dim"),
-              ("attention.to_v", "dim", "dim"), ("attention.to_out.0", "dim", "dim")),
-             (("feed_forward.w1", "dim", "mlp"), ("feed_forward.w2", "mlp", "dim"),
-              ("feed_forward.w3", "dim", "mlp"))),
+            "z-image",
+            "Z-Image",
+            (
+                Component("layers_lora.blocks", 30, "layers"),
+                Component("context_refiner_lora.blocks", 2, "context_refiner"),
+                Component("noise_refiner_lora.blocks", 2, "noise_refiner"),
+            ),
+            (
+                (
+                    ("attention.to_q", "dim", "dim"),
+                    ("attention.to_k", "dim", "dim"),
+                    ("attention.to_v", "dim", "dim"),
+                    ("attention.to_out.0", "dim", "dim"),
+                ),
+                (
+                    ("feed_forward.w1", "dim", "mlp"),
+                    ("feed_forward.w2", "mlp", "dim"),
+                    ("feed_forward.w3", "dim", "mlp"),
+                ),
+            ),
             {"dim": 3840, "mlp": 10240},
         ),
         Family(
-            "qwen-image", "Qwen-Image",
+            "qwen-image",
+            "Qwen-Image",
             (Component("blocks", 60, "transformer_blocks"),),
-            ((("attn.to_q", "dim", "dim"), ("attn.to_k", "dim", "dim"),
-              ("attn.to_v", "dim", "dim"), ("attn.to_out.0", "dim", "dim")),
-             (("img_mlp.net.2", "mlp", "dim"), ("img_mod.1", "dim", "mod")),
-             (("attn.add_q_proj", "dim", "dim"), ("attn.add_k_proj", "dim", "dim"),
-              ("attn.add_v_proj", "dim", "dim"), ("attn.to_add_out", "dim", "dim")),
-             (("txt_mlp.net.2", "mlp", "dim"), ("txt_mod.1", "dim", "mod"))),
+            (
+                (
+                    ("attn.to_q", "dim", "dim"),
+                    ("attn.to_k", "dim", "dim"),
+                    ("attn.to_v", "dim", "dim"),
+                    ("attn.to_out.0", "dim", "dim"),
+                ),
+                (("img_mlp.net.2", "mlp", "dim"), ("img_mod.1", "dim", "mod")),
+                (
+                    ("attn.add_q_proj", "dim", "dim"),
+                    ("attn.add_k_proj", "dim", "dim"),
+                    ("attn.add_v_proj", "dim", "dim"),
+                    ("attn.to_add_out", "dim", "dim"),
+                ),
+                (("txt_mlp.net.2", "mlp", "dim"), ("txt_mod.1", "dim", "mod")),
+            ),
             {"dim": 3072, "mlp": 12288, "mod": 18432},
         ),
     )

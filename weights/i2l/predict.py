@@ -40,7 +40,8 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`factors` by target; `recipe` can be written as JSON; `warnings` are part of `report`."""
+    """`factors` by target; `recipe` can be written as JSON; `warnings` are what only came up here, and are part of
+    `report` with those of opening the predictors."""
 
     factors: dict[str, Factors]
     recipe: dict
@@ -61,16 +62,24 @@ def step_count(predictor: Predictor, fine: Predictor | None = None) -> int:
 
 def _check_pair(predictor: Predictor, fine: Predictor) -> None:
     if fine.kind != "fine":
-        raise StyleLoomError(f"predictor_fine is {fine.name} ({fine.recognised.label})", "a Fine predictor",
-                             "Load Qwen-Image-i2L-Fine there, or leave predictor_fine unconnected.")
+        raise StyleLoomError(
+            f"predictor_fine is {fine.name} ({fine.recognised.label})",
+            "a Fine predictor",
+            "Load Qwen-Image-i2L-Fine there, or leave predictor_fine unconnected.",
+        )
     if predictor.kind == "fine":
-        raise StyleLoomError(f"both predictors are Fine ({predictor.name}, {fine.name})", "Coarse and Fine",
-                             "Put Qwen-Image-i2L-Coarse into predictor.")
+        raise StyleLoomError(
+            f"both predictors are Fine ({predictor.name}, {fine.name})",
+            "Coarse and Fine",
+            "Put Qwen-Image-i2L-Coarse into predictor.",
+        )
     if predictor.spec.family != fine.spec.family or predictor.spec.widths != fine.spec.widths:
         raise StyleLoomError(
             f"{predictor.name} makes LoRAs for {predictor.spec.family.label} {predictor.spec.widths}, {fine.name} for "
-            f"{fine.spec.family.label} {fine.spec.widths}", "two predictors for one base model",
-            "Load two files of one publication.")
+            f"{fine.spec.family.label} {fine.spec.widths}",
+            "two predictors for one base model",
+            "Load two files of one publication.",
+        )
 
 
 def _read_bias(bias: Mapping[str, torch.Tensor], predictor: Predictor) -> dict[str, Factors]:
@@ -117,7 +126,8 @@ def predict_lora(
             decoded.append(decode(file, each.spec, references.embeddings, hidden, arithmetic, on_step))
     factors = fuse(decoded, weights, strength, max_rank, extra, on_step)
 
-    warnings = [f"{each.name}: {each.recognised.warning}" for each in used if each.recognised.warning]
+    known = [f"{each.name}: {each.recognised.warning}" for each in used if each.recognised.warning]
+    warnings = []
     if predictor.kind == "fine":
         warnings.append(f"{predictor.name} is a Fine predictor, published for use together with Coarse")
     if references.residual("coarse") is not None and predictor.kind == "style":
@@ -125,14 +135,24 @@ def predict_lora(
     recipe = {
         "node": "Image-to-LoRA Predictor",
         "family": predictor.spec.family.name,
-        "predictors": [{"name": each.name, "checkpoint": each.recognised.label, "key_hash": each.recognised.key_hash,
-                        "fingerprint": each.fingerprint} for each in used],
+        "predictors": [
+            {
+                "name": each.name,
+                "checkpoint": each.recognised.label,
+                "key_hash": each.recognised.key_hash,
+                "fingerprint": each.fingerprint,
+            }
+            for each in used
+        ],
         "images": [{"sha256": digest, "weight": weight} for digest, weight in zip(references.images, weights)],
         "encoders": references.encoders,
-        "strength": strength, "arithmetic": arithmetic, "bias": extra is not None,
-        "rank": max(pair.rank for pair in factors.values()), "max_rank": max_rank,
+        "strength": strength,
+        "arithmetic": arithmetic,
+        "bias": extra is not None,
+        "rank": max(pair.rank for pair in factors.values()),
+        "max_rank": max_rank,
     }
-    return Prediction(factors, recipe, _report(recipe, factors, warnings), warnings)
+    return Prediction(factors, recipe, _report(recipe, factors, known + warnings), warnings)
 
 
 def _report(recipe: dict, factors: dict[str, Factors], warnings: list[str]) -> str:
@@ -142,11 +162,12 @@ def _report(recipe: dict, factors: dict[str, Factors], warnings: list[str]) -> s
     size = sum(t.numel() * t.element_size() for pair in factors.values() for t in pair)
     lines = [
         f"{len(factors)} targets of {recipe['family']}, rank {recipe['rank']}, {size / 1e6:.1f} MB",
-        "from " + " + ".join(f"{p['name']} ({p['checkpoint']})" for p in recipe["predictors"])
+        "from "
+        + " + ".join(f"{p['name']} ({p['checkpoint']})" for p in recipe["predictors"])
         + (" + bias" if recipe["bias"] else ""),
-        f"{len(recipe['images'])} pictures, weights " + ", ".join(f"{i['weight']:.3g}" for i in recipe["images"])
+        f"{len(recipe['images'])} pictures, weights "
+        + ", ".join(f"{i['weight']:.3g}" for i in recipe["images"])
         + f"; strength {recipe['strength']:g}; {recipe['arithmetic']} arithmetic",
-        f"norm of the whole change {total:.4g}; largest: "
-        + ", ".join(f"{name} {norms[name]:.3g}" for name in largest),
+        f"norm of the whole change {total:.4g}; largest: " + ", ".join(f"{name} {norms[name]:.3g}" for name in largest),
     ]
     return "\n".join(lines + [f"warning: {line}" for line in warnings])

@@ -45,12 +45,20 @@ class References:
 
 def save_references(path: str | os.PathLike, references: References) -> None:
     """Write references: tensors `embeddings`, optional `residual_coarse`, `residual_fine`, all bf16."""
-    tensors = {"embeddings": references.embeddings, "residual_coarse": references.residual_coarse,
-               "residual_fine": references.residual_fine}
+    tensors = {
+        "embeddings": references.embeddings,
+        "residual_coarse": references.residual_coarse,
+        "residual_fine": references.residual_fine,
+    }
     write_tensor_file(
-        path, {key: value.to(torch.bfloat16) for key, value in tensors.items() if value is not None},
-        {FORMAT: FORMAT_VERSION, f"{FORMAT}.images": json.dumps(list(references.images)),
-         f"{FORMAT}.encoders": json.dumps(references.encoders, sort_keys=True)})
+        path,
+        {key: value.to(torch.bfloat16) for key, value in tensors.items() if value is not None},
+        {
+            FORMAT: FORMAT_VERSION,
+            f"{FORMAT}.images": json.dumps(list(references.images)),
+            f"{FORMAT}.encoders": json.dumps(references.encoders, sort_keys=True),
+        },
+    )
 
 
 def load_references(path: str | os.PathLike) -> References:
@@ -63,8 +71,11 @@ def load_references(path: str | os.PathLike) -> References:
     where = header.name
 
     def refuse(found: str) -> StyleLoomError:
-        return StyleLoomError(f"{where}: {found}", "a file written by Save References",
-                              "Choose such a file, or encode the pictures again and save them.")
+        return StyleLoomError(
+            f"{where}: {found}",
+            "a file written by Save References",
+            "Choose such a file, or encode the pictures again and save them.",
+        )
 
     info = header.tensors.get("embeddings")
     if info is None:
@@ -76,8 +87,9 @@ def load_references(path: str | os.PathLike) -> References:
         raise refuse(f"'embeddings' is {list(info.shape)}, not (pictures, width)")
     version = header.metadata.get(FORMAT, FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise StyleLoomError(f"{where}: references of format version {version}", f"version {FORMAT_VERSION}",
-                             "Update StyleLoom.")
+        raise StyleLoomError(
+            f"{where}: references of format version {version}", f"version {FORMAT_VERSION}", "Update StyleLoom."
+        )
     count = info.shape[0]
     tensors = {}
     with TensorFile(header) as file:
@@ -100,9 +112,15 @@ def load_references(path: str | os.PathLike) -> References:
 
 def stack_references(parts: Sequence[References]) -> References:
     """Put single references one after another. A residual is kept only where all parts have it."""
+
     def joined(key: str):
         tensors = [getattr(part, key) for part in parts]
         return None if any(t is None for t in tensors) else torch.cat(tensors)
 
-    return References(joined("embeddings"), tuple(h for part in parts for h in part.images),
-                      joined("residual_coarse"), joined("residual_fine"), parts[0].encoders)
+    return References(
+        joined("embeddings"),
+        tuple(h for part in parts for h in part.images),
+        joined("residual_coarse"),
+        joined("residual_fine"),
+        parts[0].encoders,
+    )

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import StyleLoomError
 
-# (suffix of the down factor, suffix of the up factor), the spellings of diffusers/PEFT, DiffSynth, kohya, old diffusers.
+# (suffix of the down factor, of the up factor), as diffusers and PEFT, DiffSynth, kohya and old diffusers spell them.
 PAIR_SUFFIXES = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
@@ -79,13 +79,15 @@ def split_pairs(lora: Mapping[str, torch.Tensor]) -> tuple[dict[str, Factors], l
                 if down.ndim == up.ndim == 2:
                     raise StyleLoomError(
                         f"{key} is {list(down.shape)} and {up_key} is {list(up.shape)}",
-                        "(rank, in) and (out, rank) with one rank", "The LoRA file is damaged: export it again.")
+                        "(rank, in) and (out, rank) with one rank",
+                        "The LoRA file is damaged: export it again.",
+                    )
                 continue  # a convolution: not a plain pair
             alpha = lora.get(stem + ".alpha")
             if alpha is not None:
                 up = up * (float(alpha) / down.shape[0])
                 used.add(stem + ".alpha")
-            name = next((stem[len(p):] for p in MODULE_PREFIXES if stem.startswith(p)), stem)
+            name = next((stem[len(p) :] for p in MODULE_PREFIXES if stem.startswith(p)), stem)
             pairs[name] = Factors(down, up)
             used |= {key, up_key}
     return pairs, [key for key in lora if key not in used]

@@ -13,8 +13,24 @@ from ..tensor_file import write_tensor_file
 PRECISIONS = {"as it is": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # By these a tensor is part of an adapter, in every spelling that the host's loaders know.
-_MARKS = ("lora_", ".lora.", "lokr_", "hada_", "oft_blocks", "oft_diag", "boft", "dora_scale", ".diff", ".set_weight",
-          ".w_norm", ".b_norm", ".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight")
+_MARKS = (
+    "lora_",
+    ".lora.",
+    "lokr_",
+    "hada_",
+    "oft_blocks",
+    "oft_diag",
+    "boft",
+    "dora_scale",
+    ".diff",
+    ".set_weight",
+    ".w_norm",
+    ".b_norm",
+    ".a1.weight",
+    ".a2.weight",
+    ".b1.weight",
+    ".b2.weight",
+)
 
 
 def check_lora(tensors: Mapping[str, torch.Tensor], file: str) -> None:
@@ -27,16 +43,21 @@ def check_lora(tensors: Mapping[str, torch.Tensor], file: str) -> None:
         raise StyleLoomError(
             f"{file}: this is no LoRA: {len(adapter)} of its {len(tensors)} tensors are part of one (first: {first})",
             "a LoRA, LoCon, LoHa, LoKr, OFT or GLoRA file",
-            "Choose a LoRA. A checkpoint or diffusion model belongs into its own loader.")
+            "Choose a LoRA. A checkpoint or diffusion model belongs into its own loader.",
+        )
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(value.float().isfinite().all()):
-            raise StyleLoomError(f"{file}: the tensor {key!r} holds NaN or infinity", "finite numbers",
-                                 "The training of this LoRA diverged, or the file is damaged: use an earlier save of "
-                                 "it, or download it again.")
+            raise StyleLoomError(
+                f"{file}: the tensor {key!r} holds NaN or infinity",
+                "finite numbers",
+                "The training of this LoRA diverged, or the file is damaged: use an earlier save of "
+                "it, or download it again.",
+            )
 
 
-def save_lora(path: str | os.PathLike, lora: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
-              precision: str = "as it is") -> None:
+def save_lora(
+    path: str | os.PathLike, lora: Mapping[str, torch.Tensor], metadata: Mapping[str, str], precision: str = "as it is"
+) -> None:
     """Write a LoRA that appears whole or not at all.
 
     Args:
@@ -55,7 +76,10 @@ def save_lora(path: str | os.PathLike, lora: Mapping[str, torch.Tensor], metadat
     for key, value in lora.items():
         cast = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         if cast.is_floating_point() and not bool(cast.float().isfinite().all()):
-            raise StyleLoomError(f"{key!r} has values that are not finite in {precision}", "finite numbers",
-                                 "Save as bf16 or fp32, or lower the strength that made this LoRA.")
+            raise StyleLoomError(
+                f"{key!r} has values that are not finite in {precision}",
+                "finite numbers",
+                "Save as bf16 or fp32, or lower the strength that made this LoRA.",
+            )
         tensors[key] = cast
     write_tensor_file(path, tensors, dict(metadata))
