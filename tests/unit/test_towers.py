@@ -71,14 +71,14 @@ def test_swapped_encoders_are_named(kind, expected):
         ("layers_lora.blocks.0.layers.0.proj_a.proj_in.weight", "Load i2L Predictor"),
         ("emb2lora.blocks.0.weight", "v2 predictor"),
         ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "a LoRA"),
-        ("vision_model.encoder.layers.0.layer_norm1.weight", "stock Load CLIP Vision"),
+        ("vision_model.encoder.layers.0.layer_norm1.weight", "Load CLIP Vision"),
         ("embeddings.patch_embeddings.projection.weight", "DINOv2"),
         ("model.layer.0.norm1.weight", "DINOv3 file saved under other names"),
         ("double_blocks.0.img_attn.qkv.weight", "a diffusion model"),
         ("decoder.conv_in.weight", "a VAE"),
         ("model.layers.0.mlp.up_proj.weight", "a language model"),
-        ("something.else", "first tensor is something.else"),
-        (None, "empty"),
+        ("something.else", "first tensors: something.else"),
+        (None, "without any tensor"),
     ],
 )
 def test_other_files_are_described(key, name):

@@ -7,11 +7,12 @@ tensor the two strings `name:d0_d1_…` and `name`, all sorted, joined by commas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import StyleLoomError
 from ..tensor_file import FLOAT_DTYPES, Header
+from .kinds import describe
 from .layouts import FAMILIES, RANK, Family, PredictorSpec, Residual, key_shapes, targets
 
 # Published predictors by key hash. Z-Image-i2L and Z-Image-Omni-Base-i2L have one layout: the header cannot tell them.
@@ -61,35 +62,6 @@ class Recognised:
             f"({self.spec.family.label}, {widths}, compress {self.spec.compress}, rank {self.spec.rank}), "
             "so it is used as they say"
         )
-
-
-def describe(names: Iterable[str]) -> str:
-    """What a file with these tensor names seems to be, for the sentence that refuses it."""
-    names = list(names)
-    joined = "\n".join(names[:4000])
-    marks = (
-        ("emb2lora.", "an i2L v2 predictor"),
-        ("module_dict.", "a compressed i2L predictor, of which none was published"),
-        ("proj_a.proj_in", "an i2L v1 predictor"),
-        ("vision_model.", "a CLIP vision tower in the transformers layout"),
-        ("head.probe", "the SigLIP2-G384 image encoder"),
-        ("layer.0.mlp.gate_proj", "the DINOv3-7B image encoder"),
-        ("lora_", "a LoRA"),
-        ("lokr_", "a LoKr"),
-        ("hada_", "a LoHa"),
-        ("embeddings", "an embeddings file (references or a textual inversion)"),
-        ("diffusion_model.", "a diffusion model"),
-        ("first_stage_model.", "a checkpoint"),
-        ("transformer_blocks.", "a diffusion model"),
-        ("context_refiner.", "a diffusion model"),
-        ("model.layers.", "a text encoder"),
-        ("decoder.conv_in", "a VAE"),
-    )
-    for mark, kind in marks:
-        if mark in joined:
-            return kind
-    first = ", ".join(names[:3]) or "none"
-    return f"something else (first tensors: {first})"
 
 
 def _family(header: Header) -> Family:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import StyleLoomError
 from ..tensor_file import TensorFile, read_header, write_tensor_file
-from .header import describe
+from .kinds import describe
 
 FORMAT = "styleloom.references"
 FORMAT_VERSION = "1"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import StyleLoomError
 from . import dinov3, siglip2
+from .kinds import describe
 from .tower_parts import Attention, OnBlock, check_shapes, plain_attention
 
 PRECISIONS = ("bf16", "fp8", "fp32")
@@ -18,24 +19,6 @@ _KINDS = {"siglip2": siglip2, "dinov3": dinov3}
 _MODULES = {"siglip2": siglip2.SigLIP2Vision, "dinov3": dinov3.DINOv3Vision}
 _NAMES = {"siglip2": "SigLIP2", "dinov3": "DINOv3"}
 _PUBLISHED = {"siglip2": "SigLIP2-G384/model.safetensors", "dinov3": "DINOv3-7B/model.safetensors"}
-# What other files are known by, the surest sign first: a part of a key → what such a file is.
-_OTHERS = (
-    (".proj_a.proj_in.weight", "an Image-to-LoRA predictor, which belongs in Load i2L Predictor"),
-    ("emb2lora.", "an Image-to-LoRA v2 predictor"),
-    ("lora_A.", "a LoRA"),
-    ("lora_down.", "a LoRA"),
-    ("text_model.", "a CLIP or SigLIP file with its text part"),
-    ("vision_model.", "a CLIP or SigLIP vision file for the stock Load CLIP Vision (keys under vision_model.)"),
-    ("embeddings.patch_embeddings.projection.", "a DINOv2 or ViT file"),
-    ("model.layer.", "a DINOv3 file saved under other names (model.layer.…)"),
-    ("diffusion_model.", "a diffusion model"),
-    ("transformer_blocks.", "a diffusion model"),
-    ("double_blocks.", "a diffusion model"),
-    ("noise_refiner.", "a diffusion model"),
-    ("decoder.conv_in.", "a VAE"),
-    ("decoder.up_blocks.", "a VAE"),
-    ("model.layers.", "a language model"),
-)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -51,16 +34,6 @@ def _check_precision(precision: str) -> None:
             "one of " + ", ".join(PRECISIONS),
             "Choose bf16, which the published encoders are used in.",
         )
-
-
-def describe_file(shapes: Mapping[str, Sequence[int]]) -> str:
-    """What a file that is neither encoder seems to be, for an error message."""
-    if not shapes:
-        return "empty"
-    for sign, name in _OTHERS:
-        if any(sign in key for key in shapes):
-            return name
-    return f"not known here (its first tensor is {next(iter(shapes))})"
 
 
 def recognise_tower(
@@ -87,7 +60,7 @@ def recognise_tower(
     else:
         wanted = " or ".join(_PUBLISHED[kind] for kind in ([expected] if expected else _KINDS))
         raise StyleLoomError(
-            f"{name} is no image encoder of Image-to-LoRA; it seems to be {describe_file(shapes)}.",
+            f"{name} is no image encoder of Image-to-LoRA; it seems to be {describe(shapes)}.",
             f"{wanted}, from DiffSynth-Studio/General-Image-Encoders",
             "Choose that file; README says where it comes from and where it goes.",
         )
