@@ -56,7 +56,7 @@ def run(client, prompt: dict) -> tuple[set[str], set[str], dict]:
 
 
 def stopped_at(client, prompt: dict, title: str, share: float = 0.0) -> tuple[dict, int]:
-    """Queues, interrupts once the node with this title has done this share; returns the last event and all its steps."""
+    """Queues, interrupts once the node of this title has done this share; returns the last event and all its steps."""
     node, steps = find(prompt, title), []
 
     def interrupt(event):

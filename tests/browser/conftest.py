@@ -1,0 +1,89 @@
+"""A real ComfyUI, and its frontend in a real Chromium.
+
+STYLELOOM_BROWSER names the Chromium; `python run.py test` sets it. "none" (--no-browser) skips these tests, and only
+that does: a browser that is not named, not there or does not start is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+sys.path.insert(0, str(HERE))  # so that the tests share their helpers by plain name
+
+from frontend import SETTINGS, Frontend  # noqa: E402
+
+
+def _live():
+    if "styleloom_live" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("styleloom_live", HERE.parent / "live.py")
+        sys.modules["styleloom_live"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["styleloom_live"])
+    return sys.modules["styleloom_live"]
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("STYLELOOM_BROWSER") == "none":
+        skip = pytest.mark.skip(reason="left out by --no-browser (STYLELOOM_BROWSER=none)")
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Playwright's handle of the running browser."""
+    named = os.environ.get("STYLELOOM_BROWSER", "")
+    if not named:
+        pytest.fail("STYLELOOM_BROWSER is not set: it must name a Chromium (`python run.py test` finds or fetches one "
+                    "and sets it), or be 'none' to leave these tests out.", pytrace=False)
+    if not Path(named).is_file():
+        pytest.fail(f"STYLELOOM_BROWSER is {named}, which is not there. Name a Chromium, or set it to 'none' to leave "
+                    "these tests out (`python run.py test --no-browser`).", pytrace=False)
+    from playwright.sync_api import Error, sync_playwright
+
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=named, args=ARGUMENTS)
+        except Error as error:
+            pytest.fail(f"{named} does not start: {error}", pytrace=False)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running run.Server: `.url`, `.base`, `.log_text()`. Fails, never skips, when it cannot be had."""
+    with _live().running(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    """A run.Client of its own for each test, on the one server."""
+    with _live().run_module().Client(server.url) as talk:
+        yield talk
+
+
+@pytest.fixture(scope="session")
+def open_frontend(chromium, server):
+    """`with open_frontend(settings) as front:` gives a fresh page with the frontend in it, as a Frontend."""
+    @contextlib.contextmanager
+    def opening(**settings):
+        with _live().run_module().Client(server.url) as client:
+            client.post("/settings", {**SETTINGS, **settings})
+        context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+        try:
+            yield Frontend(context.new_page(), server.url).load()
+        finally:
+            context.close()
+
+    return opening

@@ -1,0 +1,43 @@
+"""The demo, run by a click, in both of the frontend's renderers."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from PIL import Image
+from workflow_files import api_of, text_of
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "vue"])
+def test_the_demo_runs_at_a_click_and_shows_its_pictures(server, client, open_frontend, renderer):
+    name = "demo_image_to_lora"
+    before = set(client.get("/history"))
+    saves = {node for node, entry in api_of(name).items() if entry["class_type"] == "SaveImage"}
+    with open_frontend(**{"Comfy.VueNodes.Enabled": renderer == "vue"}) as front:
+        front.open(name, text_of(name))
+        front.run()
+        end = time.monotonic() + 300
+        while not (new := set(client.get("/history")) - before):
+            assert time.monotonic() < end, f"nothing came of the click: {client.get('/queue')}"
+            time.sleep(0.3)
+        (record,) = (client.history(prompt_id) for prompt_id in new)
+        assert record["status"]["status_str"] == "success", record["status"]
+        for node in saves:
+            (image,) = record["outputs"][node]["images"]
+            content = client.view(image["filename"], image["subfolder"], image["type"])
+            size = list(Image.open(io.BytesIO(content)).size)
+            front.look_at(node, 0.6)
+            if renderer == "vue":
+                picture = front.page.locator(f'[data-node-id="{node}"] img[src*="{image["filename"]}"]').first
+                picture.wait_for(timeout=15_000)
+                shown = "img => [img.naturalWidth, img.naturalHeight]"
+                front.page.wait_for_function(f"img => ({shown})(img)[0] > 0", arg=picture.element_handle())
+                assert picture.evaluate(shown) == size
+            else:
+                front.page.wait_for_function("id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0",
+                                             arg=int(node), timeout=15_000)
+                assert front.page.evaluate("id => { const i = app.graph.getNodeById(id).imgs[0]; "
+                                           "return [i.naturalWidth, i.naturalHeight] }", int(node)) == size
+        assert front.complaints == []

@@ -1,0 +1,91 @@
+"""Every file in workflows/ in the real frontend. A new workflow is tested by lying there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import pytest
+from workflow_files import FOLDER, STEMS, api_of, placeholders, text_of
+
+
+@pytest.fixture(scope="module", params=STEMS)
+def opened(request, server, open_frontend):
+    """(name, its file's content, the Frontend that has it open)."""
+    workflow = json.loads(text_of(request.param))
+    with placeholders(server.base, workflow), open_frontend() as front:
+        front.open(request.param, text_of(request.param))
+        front.page.wait_for_timeout(1000)  # for what the frontend does of its own after it has opened a file
+        yield request.param, workflow, front
+
+
+def test_nothing_is_missing_and_nothing_complains(opened):
+    _, workflow, front = opened
+    nodes = front.nodes()
+    assert len(nodes) == len(workflow["nodes"])
+    assert [n["type"] for n in nodes if not n["known"]] == []
+    assert [n["title"] for n in nodes if n["wrong"]] == []
+    assert front.page.get_by_role("button", name="View details").count() == 0, "the frontend found errors"
+    assert front.complaints == []
+
+
+def test_links_and_widgets_are_as_in_the_file(opened):
+    _, workflow, front = opened
+    graph = front.graph()
+    assert sorted(graph["links"]) == sorted(workflow["links"])
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for node in workflow["nodes"]:
+        assert nodes[node["id"]].get("widgets_values", []) == node.get("widgets_values", []), node["type"]
+    for link, source, output, target, slot, _ in graph["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+
+
+def test_the_api_form_is_the_frontends_own_export(opened):
+    name, _, front = opened
+    exported = front.export()
+    assert {node: {**entry, "_meta": None} for node, entry in exported.items()} == {
+        node: {**entry, "_meta": None} for node, entry in api_of(name).items()}
+    assert all(entry["_meta"]["title"] for entry in api_of(name).values())
+
+
+def test_the_host_accepts_it(opened, client):
+    name, _, _ = opened
+    answer = client.post("/prompt", {"prompt": api_of(name), "client_id": client.id})
+    client.post("/queue", {"delete": [answer["prompt_id"]]})
+    end = time.monotonic() + 60
+    while (queue := client.get("/queue"))["queue_running"] or queue["queue_pending"]:  # it was begun already
+        client.interrupt()
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert answer["node_errors"] == {}
+
+
+def test_it_is_tidy(opened):
+    """No node lies on another, and none is too small for what is on it."""
+    _, _, front = opened
+    nodes = front.nodes()
+    small = [n["title"] for n in nodes if n["size"][0] < n["least"][0] - 1 or n["size"][1] < n["least"][1] - 1]
+    assert small == []
+    overlaps = [(a["title"], b["title"]) for a, b in itertools.combinations(nodes, 2)
+                if a["left"] < b["right"] and b["left"] < a["right"]
+                and a["top"] < b["bottom"] and b["top"] < a["bottom"]]
+    assert overlaps == []
+
+
+def test_the_template_dialog_shows_them_all(client, open_frontend):
+    assert sorted(client.get("/workflow_templates")["StyleLoom"]) == STEMS
+    for stem in STEMS:
+        assert (FOLDER / f"{stem}.jpg").stat().st_size < 60_000
+    with open_frontend() as front:
+        front.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        front.page.get_by_role("dialog").get_by_text("StyleLoom", exact=True).last.click()
+        for stem in STEMS:
+            picture = front.page.get_by_test_id(f"template-workflow-{stem}").locator("img").first
+            picture.wait_for(timeout=15_000)
+            front.page.wait_for_function("img => img.naturalWidth > 0", arg=picture.element_handle())
+        front.page.get_by_test_id("template-workflow-demo_image_to_lora").click()
+        front.page.wait_for_function("n => app.graph.nodes.length === n",
+                                     arg=len(json.loads(text_of("demo_image_to_lora"))["nodes"]), timeout=15_000)
+        assert front.complaints == []

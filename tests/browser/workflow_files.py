@@ -1,0 +1,47 @@
+"""The files in workflows/, and stand-ins for what they name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+STEMS = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def text_of(stem: str) -> str:
+    return (FOLDER / f"{stem}.json").read_text("utf-8")
+
+
+def api_of(stem: str) -> dict:
+    return json.loads((FOLDER / "api" / f"{stem}.json").read_text("utf-8"))
+
+
+def models_of(workflow: dict) -> list[dict]:
+    """What the nodes say of the model files that they name, in `properties.models`."""
+    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+
+
+@contextlib.contextmanager
+def placeholders(base: Path, workflow: dict):
+    """Empty files under the names of its models, and small pictures under those of its pictures, while open."""
+    made = []
+    for model in models_of(workflow):
+        path = base / "models" / model["directory"] / model["name"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            made.append(path)
+    for node in workflow["nodes"]:
+        if node["type"] == "LoadImage":
+            path = base / "input" / node["widgets_values"][0]
+            Image.new("RGB", (48, 32), (90, 120, 150)).save(path)
+            made.append(path)
+    try:
+        yield
+    finally:
+        for path in made:
+            path.unlink()
