@@ -19,7 +19,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
 
 sys.path.insert(0, str(HERE))  # so that the tests share their helpers by plain name
 
-from frontend import SETTINGS, Frontend  # noqa: E402
+from frontend import SETTINGS, Frontend
 
 
 def _live():

@@ -23,5 +23,5 @@ def test_missing_models_are_offered_with_their_source(open_frontend, name):
     with open_frontend() as front:
         front.open(name, text_of(name))
         front.page.get_by_role("button", name="View details").click()
-        for name in models:
-            front.page.get_by_role("button", name=f"Download {name}", exact=True).wait_for(timeout=15_000)
+        for model in models:
+            front.page.get_by_role("button", name=f"Download {model}", exact=True).wait_for(timeout=15_000)
