@@ -34,6 +34,8 @@ def running(folder: Path) -> Iterator:
     if not host:
         pytest.fail("STYLELOOM_HOST is not set: it must name the ComfyUI folder to test in. `python run.py test` "
                     "sets it.", pytrace=False)
+    if not (Path(host) / "comfy" / "cli_args.py").is_file():
+        pytest.fail(f"STYLELOOM_HOST={host} is not a ComfyUI folder: comfy/cli_args.py is missing.", pytrace=False)
     run = run_module()
     server = run.Server(Path(host), run.make_base(folder, ROOT), sys.executable)
     try:
