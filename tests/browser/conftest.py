@@ -38,9 +38,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """Playwright's handle of the running browser."""
+    """Playwright's handle of the running browser.
+
+    Not for the whole session: while Playwright runs, its event loop counts as this thread's running one, and
+    `asyncio.run` fails in every test after these.
+    """
     named = os.environ.get("STYLELOOM_BROWSER", "")
     if not named:
         pytest.fail("STYLELOOM_BROWSER is not set: it must name a Chromium (`python run.py test` finds or fetches one "
@@ -73,7 +77,7 @@ def client(server):
         yield talk
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def open_frontend(chromium, server):
     """`with open_frontend(settings) as front:` gives a fresh page with the frontend in it, as a Frontend."""
     @contextlib.contextmanager
