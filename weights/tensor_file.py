@@ -1,8 +1,8 @@
-"""Safetensors files, read with suspicion and without copies.
+"""Safetensors files, read with suspicion and in pieces.
 
 `read_header` looks at the first bytes only and checks everything that they promise against the file itself, so
-that a truncated download or a header that lies is told apart from a file of the wrong kind. `TensorFile` then hands
-out tensors that lie in the memory-mapped file: reading one costs page-cache traffic and no memory of its own.
+that a truncated download or a header that lies is told apart from a file of the wrong kind. `TensorFile` then reads
+tensors, also far larger ones than there is memory for.
 
 Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header, raw data).
 """
@@ -14,10 +14,12 @@ import json
 import math
 import os
 import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -48,10 +50,20 @@ _BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
-FLOAT_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
+_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+FLOAT_DTYPES = frozenset(_DTYPES)
 
 # How much of every tensor the fingerprint reads.
 _FINGERPRINT_BYTES = 4096
+# Small enough for the processor's cache, large enough that the calls for a piece do not count.
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -205,7 +217,11 @@ def fingerprint(header: Header) -> str:
 
 
 class TensorFile:
-    """Tensors of one safetensors file, memory-mapped. Use as a context manager.
+    """Tensors of one safetensors file, read piece by piece. Use as a context manager; threads may share it.
+
+    Plain reads into a small buffer that is used again and again, one for each thread, and no memory map: mapping costs
+    a page fault for every few pages, which is more than the copy where each byte is needed only once, and a file that
+    is cut while it is mapped kills the process where a read gives an error.
 
     Args:
         header: from `read_header`.
@@ -213,19 +229,61 @@ class TensorFile:
 
     def __init__(self, header: Header):
         self.header = header
-        self._open = safetensors.safe_open(str(header.path), framework="pt", device="cpu")
+        self._local = threading.local()
+        self._handles: list[BinaryIO] = []
 
     def __enter__(self) -> TensorFile:
-        self._handle = self._open.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
-        self._handle = None
-        self._open.__exit__(*exc)
+        self._local = threading.local()
+        while self._handles:
+            self._handles.pop().close()
+
+    def _place(self) -> threading.local:
+        if not hasattr(self._local, "file"):
+            self._local.file = open(self.header.path, "rb", buffering=0)
+            self._handles.append(self._local.file)
+            self._local.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+            self._local.view = memoryview(self._local.buffer.numpy())
+        return self._local
+
+    def _fill(self, file: BinaryIO, view: memoryview) -> None:
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise _broken(self.header.path, "the file ended while it was read; it was whole when it was opened")
+            view = view[count:]
+
+    def rows(self, key: str) -> Iterator[torch.Tensor]:
+        """A matrix in pieces of whole rows, about 4 MB each, in order.
+
+        Yields:
+            (some rows, columns) in the file's dtype; each is overwritten when the next one is asked for.
+        """
+        info = self.header.tensors[key]
+        count, columns = info.shape
+        row_bytes = (info.end - info.start) // count
+        place = self._place()
+        place.file.seek(info.start)
+        at_once = max(1, _PIECE_BYTES // row_bytes)
+        buffer, view = place.buffer, place.view
+        if row_bytes > _PIECE_BYTES:
+            buffer = torch.empty(row_bytes, dtype=torch.uint8)
+            view = memoryview(buffer.numpy())
+        for first in range(0, count, at_once):
+            some = min(at_once, count - first)
+            self._fill(place.file, view[: some * row_bytes])
+            yield buffer[: some * row_bytes].view(_DTYPES[info.dtype]).view(some, columns)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The tensor as it lies in the file: its dtype, no copy."""
-        return self._handle.get_tensor(key)
+        """A whole tensor of a float dtype, in memory of its own."""
+        info = self.header.tensors[key]
+        data = torch.empty(info.end - info.start, dtype=torch.uint8)
+        place = self._place()
+        place.file.seek(info.start)
+        self._fill(place.file, memoryview(data.numpy()))
+        return data.view(_DTYPES[info.dtype]).view(info.shape)
 
 
 def write_tensor_file(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

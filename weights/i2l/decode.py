@@ -11,7 +11,9 @@ once for all pictures, so the file is read once, in its own order, and nothing o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -20,13 +22,11 @@ from torch.nn.functional import linear, pad
 from ..errors import StyleLoomError
 from ..lora.factors import Factors
 from ..tensor_file import TensorFile
-from .layouts import PredictorSpec, targets
+from .layouts import PredictorSpec, Target, targets
 
 ARITHMETICS = ("reference", "fp32")
 RESIDUAL_SCALE = 0.05
-# Numbers of a weight that are handled at a time: 1 MB in bf16, 2 MB in fp32.
-_PIECE = 1 << 19
-_GROUP = 4
+_GROUP = 4  # rows of a product in bf16, see `_apply`
 
 
 def _grouped(x: torch.Tensor) -> torch.Tensor:
@@ -34,29 +34,28 @@ def _grouped(x: torch.Tensor) -> torch.Tensor:
     return pad(x, (0, 0, 0, -len(x) % _GROUP)) if x.dtype == torch.bfloat16 else x
 
 
-def _apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (rows, in) times weight (out, in), in x's dtype, such that no row depends on its neighbours.
+def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+    """x (rows, in) times a weight (out, in) that comes in pieces, in x's dtype, such that no row depends on another.
 
     Published is one picture after another, and a product of another height may round differently. In bf16 rows go in
-    groups of exactly `_GROUP`, which costs what a single row costs and gives its bits; in fp32 they go one by one.
-    Several groups, or a file of another dtype, take the weight in pieces that stay in the processor's cache: the file
-    is read once for all pictures, and no whole matrix is cast.
+    groups of exactly `_GROUP`, which costs what a single row costs and gives its bits; in fp32 they go one by one. A
+    piece is used for all pictures while it is in the processor's cache, and only a piece at a time is cast.
     """
     groups = x.split(_GROUP if x.dtype == torch.bfloat16 else 1)
-    if len(groups) == 1 and weight.dtype == x.dtype:
-        return linear(x, weight)
     out = []
-    for piece in weight.split(max(1, _PIECE // weight.shape[1])):
+    for piece in pieces:
         piece = piece.to(x.dtype)
-        out.append(torch.cat([linear(group, piece) for group in groups]))
-    return torch.cat(out, dim=1)
+        out += [torch.cat([linear(group, piece) for group in groups]) if len(groups) > 1 else linear(x, piece)]
+    return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
 def _residual(file: TensorFile, block: str, hidden: torch.Tensor) -> torch.Tensor:
     """(N, tokens, text_width) → (rows, compress)."""
-    w_in = file[f"{block}.proj_residual.proj_in.weight"].to(hidden.dtype)
-    h = torch.stack([linear(tokens, w_in) for tokens in hidden])
-    return _apply(_grouped(h.flatten(1)), file[f"{block}.proj_residual.proj_out.weight"])
+    h = [
+        torch.stack([linear(tokens, piece.to(hidden.dtype)) for tokens in hidden])
+        for piece in file.rows(f"{block}.proj_residual.proj_in.weight")
+    ]
+    return _apply(_grouped(torch.cat(h, dim=2).flatten(1)), file.rows(f"{block}.proj_residual.proj_out.weight"))
 
 
 def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden: torch.Tensor | None) -> None:
@@ -86,7 +85,8 @@ def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden
 
 
 def _check_finite(file: TensorFile, stored: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    if all(bool(t.isfinite().all()) for t in pair):
+    # A sum is the cheapest look at every number: it is finite only if all of them are.
+    if all(t.sum().isfinite() or t.isfinite().all() for t in pair):
         return
     keys = [key for key in file.header.tensors if key.startswith(stored.rsplit(".layers.", 1)[0] + ".")]
     bad = [key for key in keys if not bool(file[key].float().isfinite().all())]
@@ -96,6 +96,51 @@ def _check_finite(file: TensorFile, stored: str, pair: tuple[torch.Tensor, torch
         "finite numbers",
         "Download the predictor again." if bad else "Use the arithmetic fp32.",
     )
+
+
+def _decode_block(
+    file: TensorFile,
+    spec: PredictorSpec,
+    block: str,
+    group: list[Target],
+    x: torch.Tensor,
+    count: int,
+    hidden: torch.Tensor | None,
+) -> dict[str, list[Factors]]:
+    """All targets of one block; `x` holds `count` pictures, and rows that only fill up."""
+    residual = _residual(file, block, hidden) if spec.residual is not None else None
+    found = {}
+    for target in group:
+        factors = []
+        for factor, shape in (
+            ("proj_a", (spec.rank, spec.widths[target.a_width])),
+            ("proj_b", (spec.widths[target.b_width], spec.rank)),
+        ):
+            h = _apply(x, file.rows(f"{target.stored}.{factor}.proj_in.weight"))
+            if residual is not None:
+                h = h + residual
+            out = _apply(h, file.rows(f"{target.stored}.{factor}.proj_out.weight"))
+            out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
+            factors.append(out.unflatten(1, shape))
+        _check_finite(file, target.stored, factors)
+        found[target.name] = [Factors(down, up) for down, up in zip(*factors)]
+    return found
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, each of which computes alone.
+
+    The products are thin and wait for memory: threads that share one product mostly wait for each other (by spinning,
+    which is ruinous on a busy machine), threads with products of their own do not. The result, too, is then the same
+    whatever the number of threads is.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "i2l-decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets is also what threads to come would start with
 
 
 def decode(
@@ -135,27 +180,27 @@ def decode(
         hidden = hidden.to(device="cpu", dtype=dtype) * RESIDUAL_SCALE
 
     everything = list(targets(spec.family))
-    found: dict[str, list[Factors]] = {}
     # In the order in which the blocks lie in the file: a cold disk then reads ahead.
     start = file.header.tensors
     blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
-    for block, group in blocks:
-        residual = _residual(file, block, hidden) if spec.residual is not None else None
-        for target in group:
-            factors = []
-            for factor, shape in (
-                ("proj_a", (spec.rank, spec.widths[target.a_width])),
-                ("proj_b", (spec.widths[target.b_width], spec.rank)),
-            ):
-                h = _apply(x, file[f"{target.stored}.{factor}.proj_in.weight"])
-                if residual is not None:
-                    h = h + residual
-                out = _apply(h, file[f"{target.stored}.{factor}.proj_out.weight"])
-                out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
-                factors.append(out.unflatten(1, shape))
-            _check_finite(file, target.stored, factors)
-            found[target.name] = [Factors(down, up) for down, up in zip(*factors)]
-            if on_target is not None:
-                on_target()
+
+    def work(block: str, group: list[Target]) -> dict[str, list[Factors]]:
+        with torch.no_grad():  # grad mode is a thread's own
+            return _decode_block(file, spec, block, group, x, count, hidden)
+
+    found: dict[str, list[Factors]] = {}
+    with _workers() as pool:
+        futures = [pool.submit(work, *item) for item in blocks]
+        try:
+            for future in futures:
+                done = future.result()
+                found |= done
+                if on_target is not None:
+                    for _ in done:
+                        on_target()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
     return {target.name: found[target.name] for target in everything}

@@ -45,5 +45,6 @@ def truncate(pair: Factors, max_rank: int) -> Factors:
 
 def concatenate(pairs: list[Factors], scales: list[float]) -> Factors:
     """Σ scaleᵢ·upᵢ·downᵢ as one pair of rank Σ rankᵢ. Scales go to `down`, in fp32 with one rounding to its dtype."""
-    down = torch.cat([(p.down.float() * s).to(p.down.dtype) if s != 1 else p.down for p, s in zip(pairs, scales)])
+    # bf16 times a Python number is computed in fp32 and rounded once.
+    down = torch.cat([p.down * s if s != 1 else p.down for p, s in zip(pairs, scales)])
     return Factors(down, torch.cat([p.up for p in pairs], dim=1))
