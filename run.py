@@ -26,25 +26,25 @@ if sys.version_info < (3, 10):
     sys.exit("StyleLoom needs Python 3.10 or later; this is " + sys.version.split()[0])
 
 
-def _load_tools() -> None:
-    """Imports the folder tools/ as the package `styleloom_tools`, without a change to sys.path."""
-    if "styleloom_tools" in sys.modules:
+def _load_runner() -> None:
+    """Imports the folder tests/runner/ as the package `styleloom_runner`, without a change to sys.path."""
+    if "styleloom_runner" in sys.modules:
         return
-    folder = Path(__file__).resolve().parent / "tools"
+    folder = Path(__file__).resolve().parent / "tests" / "runner"
     spec = importlib.util.spec_from_file_location(
-        "styleloom_tools", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        "styleloom_runner", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    sys.modules["styleloom_tools"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["styleloom_tools"])
+    sys.modules["styleloom_runner"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["styleloom_runner"])
 
 
-_load_tools()
+_load_runner()
 
-from styleloom_tools import browser, environment, host  # noqa: E402
-from styleloom_tools.client import Client, HostError  # noqa: E402
-from styleloom_tools.common import OUTPUT, ROOT, WORK, StepFailed, lock, say  # noqa: E402
-from styleloom_tools.demo import Progress, describe, files_below, summary  # noqa: E402
-from styleloom_tools.server import Server, make_base  # noqa: E402
+from styleloom_runner import browser, environment, host  # noqa: E402
+from styleloom_runner.client import Client, HostError  # noqa: E402
+from styleloom_runner.common import OUTPUT, ROOT, WORK, StepFailed, lock, say  # noqa: E402
+from styleloom_runner.demo import Progress, describe, files_below, summary  # noqa: E402
+from styleloom_runner.server import Server, make_base  # noqa: E402
 
 __all__ = ["Client", "HostError", "Server", "StepFailed", "main", "make_base"]
 

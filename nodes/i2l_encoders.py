@@ -34,13 +34,17 @@ class LoadImageEncoders(io.ComfyNode):
             search_aliases=["siglip2", "dinov3", "image encoder", "i2l encoders", "clip vision"],
             inputs=[
                 folders.FileInput(
-                    "siglip_name", folders.ENCODERS, tooltip=f"SigLIP2-G384/model.safetensors (Apache-2.0) {where}"
+                    "siglip_name",
+                    folders.ENCODERS,
+                    tooltip=f"SigLIP2-G384/model.safetensors (Apache-2.0) {where}",
+                    mark='"head.probe"',
                 ),
                 folders.FileInput(
                     "dino_name",
                     folders.ENCODERS,
                     tooltip="DINOv3-7B/model.safetensors (under Meta's own DINOv3 licence, "
                     f"whatever the repository's tag says) {where}",
+                    mark='"layer.0.mlp.gate_proj.weight"',
                 ),
                 io.Combo.Input(
                     "precision",

@@ -34,6 +34,7 @@ class LoadPredictor(io.ComfyNode):
                     tooltip="A predictor file in models/i2l (or models/I2L, models/z_image_i2l, "
                     "models/DiffSynth-Studio). It must belong to the base model that will make the picture. "
                     "Z-Image-i2L and Z-Image-Omni-Base-i2L look alike: only you know which is which.",
+                    mark=".proj_a.proj_in.",
                 ),
             ],
             outputs=[Predictor.Output(display_name="predictor", tooltip="For Image-to-LoRA Predictor.")],

@@ -12,6 +12,9 @@ class StyleLoomError(ValueError):
         fix: what to do now.
     """
 
+    # What the host shows an artist as the kind of the error; the real one would be the path of this folder.
+    __module__ = "styleloom"
+
     def __init__(self, found: str, expected: str, fix: str):
         self.found, self.expected, self.fix = found, expected, fix
         super().__init__(f"{found}\nExpected: {expected}\nWhat to do: {fix}")

@@ -6,12 +6,14 @@ listed by its path relative to the folder, as all published files have the name 
 
 from __future__ import annotations
 
+import functools
 import os
 
 import folder_paths
 from comfy_api.latest import io
 
 from ...weights.errors import StyleLoomError
+from ...weights.tensor_file import header_mentions
 
 PREDICTORS = "i2l"
 ENCODERS = "i2l_encoders"
@@ -49,9 +51,27 @@ def register() -> None:
     )
 
 
-def listed(category: str) -> list[str]:
-    """Names that a drop-down offers, through the host's cached listing."""
-    return [name for name in folder_paths.get_filename_list(category) if _PARTIAL not in name]
+def listed(category: str, mark: str = "") -> list[str]:
+    """Names that a drop-down offers, through the host's cached listing.
+
+    Names have `/` on every system, so that a workflow made on one opens on another. Files whose header has the `mark`
+    come first, as the first one is what a new node starts with; none is left out.
+    """
+    names = [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(category) if _PARTIAL not in name]
+    return sorted(names, key=lambda name: not _has_mark(category, name, mark)) if mark else names
+
+
+def _has_mark(category: str, name: str, mark: str) -> bool:
+    path = folder_paths.get_full_path(category, name)
+    if path is None:
+        return False
+    found = os.stat(path)
+    return _look(path, found.st_size, found.st_mtime_ns, mark)
+
+
+@functools.lru_cache(maxsize=4096)
+def _look(path: str, size: int, changed: int, mark: str) -> bool:
+    return header_mentions(path, mark)
 
 
 class FileInput(io.Combo.Input):
@@ -61,12 +81,13 @@ class FileInput(io.Combo.Input):
     browser or an input is checked against it: both go through `as_dict`.
     """
 
-    def __init__(self, id: str, category: str, tooltip: str):
+    def __init__(self, id: str, category: str, tooltip: str, mark: str = ""):
         super().__init__(id, options=[], tooltip=tooltip)
         self.category = category
+        self.mark = mark
 
     def as_dict(self) -> dict:
-        return super().as_dict() | {"options": listed(self.category)}
+        return super().as_dict() | {"options": listed(self.category, self.mark)}
 
 
 def find(category: str, name: str) -> str:

@@ -216,6 +216,22 @@ def test_broken_loras(run_node, host):
     refused(run_node, "fp16", "StyleLoomSaveLoRA", lora={"a.lora_A.weight": torch.full((1, 1), 1e6)}, precision="fp16")
 
 
+def test_a_new_node_starts_with_a_file_that_fits(run_node, host):
+    """The first of a drop-down is what a new node shows; files of another kind come after, and none is left out."""
+    offered = {}
+    for node, field in (
+        ("StyleLoomLoadPredictor", "predictor_name"),
+        ("StyleLoomLoadImageEncoders", "siglip_name"),
+        ("StyleLoomLoadImageEncoders", "dino_name"),
+    ):
+        offered[field] = host.nodes[node].INPUT_TYPES()["required"][field][1]["options"]
+    marks = {"predictor_name": b"proj_a.proj_in", "siglip_name": b"head.probe", "dino_name": b"mlp.gate_proj"}
+    for field, mark in marks.items():
+        assert mark in (host.base / "models" / "i2l" / offered[field][0]).read_bytes()
+    assert len({frozenset(names) for names in offered.values()}) == 1
+    assert not any("\\" in name for names in offered.values() for name in names)
+
+
 class _Evil:
     def __reduce__(self):
         return (print, ("this must never run",))

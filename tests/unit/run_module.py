@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_run():
-    """The module run.py; with it the package `styleloom_tools` can be imported."""
+    """The module run.py; with it the package `styleloom_runner` can be imported."""
     if "styleloom_run" not in sys.modules:
         spec = importlib.util.spec_from_file_location("styleloom_run", ROOT / "run.py")
         sys.modules["styleloom_run"] = importlib.util.module_from_spec(spec)

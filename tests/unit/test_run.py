@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from run_module import ROOT, run
-from styleloom_tools import browser, demo, environment, host
+from styleloom_runner import browser, demo, environment, host
 
 StepFailed = run.StepFailed
 links = pytest.mark.skipif(os.name == "nt", reason="symlinks need a special right on Windows")

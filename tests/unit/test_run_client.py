@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_module import run
-from styleloom_tools import client
+from styleloom_runner import client
 
 
 class Wire:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from run_module import ROOT, fake_comfyui, run
-from styleloom_tools import common, environment, host
+from styleloom_runner import common, environment, host
 
 StepFailed = run.StepFailed
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from run_module import ROOT, fake_comfyui, run
-from styleloom_tools import host
+from styleloom_runner import host
 
 StepFailed = run.StepFailed
 links = pytest.mark.skipif(os.name == "nt", reason="symlinks need a special right on Windows")

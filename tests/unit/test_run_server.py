@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from run_module import fake_comfyui, run
-from styleloom_tools import environment, server
+from styleloom_runner import environment, server
 
 StepFailed = run.StepFailed
 

@@ -48,7 +48,10 @@ class Client:
     def queue(self, api_prompt: dict) -> str:
         """Queues an API-format prompt; returns its id. HostError.body holds `node_errors` if the host refuses it."""
         self._listen()
-        return self.post("/prompt", {"prompt": api_prompt, "client_id": self.id})["prompt_id"]
+        answer = self.post("/prompt", {"prompt": api_prompt, "client_id": self.id})
+        if answer.get("node_errors"):  # the host runs what is valid of it and answers 200
+            raise HostError(200, answer)
+        return answer["prompt_id"]
 
     def follow(self, prompt_id: str, on_event=None, timeout: float = 600) -> list[dict]:
         """Waits for the end of a prompt; returns its events, each {"type": ..., "data": {...}}, in order.

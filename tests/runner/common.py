@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".host"  # everything fetched or written for the host; git-ignored
 VENV = ROOT / ".venv"  # git-ignored
 OUTPUT = ROOT / "output"  # git-ignored
