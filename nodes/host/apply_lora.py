@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import comfy.lora
@@ -26,21 +27,37 @@ def _some(keys: Iterable[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
+def _made(adapter) -> tuple[int, int] | None:
+    """(rows, columns) of the change that a patch makes, convolutions flattened; None where the kind does not fix it."""
+    if isinstance(adapter, tuple):  # ("diff", (change, …))
+        change = adapter[1][0]
+        return (change.shape[0], change[0].numel()) if adapter[0] == "diff" and change.ndim else None
+    weights, kind = adapter.weights, adapter.name
+    if kind == "lora" and weights[5] is None:  # up, down, alpha, mid, dora_scale, reshape
+        up, down, mid = weights[0], weights[1], weights[3]
+        return (up.shape[0], down[0].numel() * (1 if mid is None else mid[0, 0].numel()))
+    if kind == "loha" and weights[5] is None:  # w1a, w1b, alpha, w2a, w2b, t1, t2, dora_scale
+        return (weights[0].shape[0], weights[1].shape[1])
+    if kind == "lokr" and weights[7] is None:  # w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora_scale
+        w1, w2, _, w1a, w1b, w2a, w2b = weights[:7]
+        shape1 = (w1a.shape[0], w1b.shape[1]) if w1 is None else w1.shape
+        shape2 = (w2a.shape[0], w2b[0].numel()) if w2 is None else (w2.shape[0], w2[0].numel())
+        return (shape1[0] * shape2[0], shape1[1] * shape2[1])
+    return None
+
+
 def _check_shape(root, target, adapter) -> str:
-    """What is wrong with the shape of a plain low-rank patch, or ''. Other kinds the host checks when it patches."""
+    """What is wrong with the shape of a patch, or ''. The host only logs such a patch when it comes to it, and goes on
+    without."""
     key, part = (target[0], target[1]) if isinstance(target, tuple) else (target, None)
-    weights = getattr(adapter, "weights", None)
-    if getattr(adapter, "name", "") != "lora" or weights[3] is not None or weights[5] is not None:
+    made = _made(adapter)
+    if made is None:
         return ""
     shape = list(comfy.utils.get_attr(root, key).shape)
     if part is not None:
         shape[part[0]] = part[2]
-    up, down = weights[0], weights[1]
-    inner = 1
-    for size in shape[1:]:
-        inner *= size
-    made = (up.shape[0], down[0].numel())
-    return "" if made == (shape[0], inner) else f"{key} is {shape} and its LoRA makes {list(made)}"
+    due = (shape[0], math.prod(shape[1:]))
+    return "" if made == due else f"{key} is {shape} and its patch makes {list(made)}"
 
 
 def apply_lora(model, clip, lora, strength: float, strength_clip: float):

@@ -197,6 +197,15 @@ def test_lora_for_another_model(run_node, encoders):
         "1 of the LoRA's 477 keys",
         {**lora, "diffusion_model.layers.99.attention.to_q.lora_A.weight": torch.ones(1)},
     )
+    name, ones = "diffusion_model.layers.5.feed_forward.w1", torch.ones
+    for kind, right, wrong in (
+        ("diff", {"diff": ones(256, 96)}, {"diff": ones(96, 96)}),
+        ("loha", dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(256, 2)) | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96)),
+         dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(250, 2)) | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96))),
+        ("lokr", {"lokr_w1": ones(4, 4), "lokr_w2": ones(64, 24)}, {"lokr_w1": ones(4, 4), "lokr_w2": ones(24, 64)}),
+    ):
+        assert "1 of 1" in apply({f"{name}.{key}": value for key, value in right.items()})[2], kind
+        refused(apply, "1 patches have another size", {f"{name}.{key}": value for key, value in wrong.items()})
     refused(apply, "Connect clip", {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(1, 1)})
 
 

@@ -11,9 +11,7 @@ once for all pictures, so the file is read once, in its own order, and nothing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn.functional import linear, pad
 
 from ..errors import StyleLoomError
 from ..lora.factors import Factors
+from ..parallel import each_alone
 from ..tensor_file import TensorFile
 from .layouts import PredictorSpec, Target, targets
 
@@ -127,22 +126,6 @@ def _decode_block(
     return found
 
 
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, each of which computes alone.
-
-    The products are thin and wait for memory: threads that share one product mostly wait for each other (by spinning,
-    which is ruinous on a busy machine), threads with products of their own do not. The result, too, is then the same
-    whatever the number of threads is.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, "i2l-decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # what a worker sets is also what threads to come would start with
-
-
 def decode(
     file: TensorFile,
     spec: PredictorSpec,
@@ -185,22 +168,11 @@ def decode(
     blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
-    def work(block: str, group: list[Target]) -> dict[str, list[Factors]]:
-        with torch.no_grad():  # grad mode is a thread's own
-            return _decode_block(file, spec, block, group, x, count, hidden)
-
     found: dict[str, list[Factors]] = {}
-    with _workers() as pool:
-        futures = [pool.submit(work, *item) for item in blocks]
-        try:
-            for future in futures:
-                done = future.result()
-                found |= done
-                if on_target is not None:
-                    for _ in done:
-                        on_target()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden), blocks) as results:
+        for done in results:
+            found |= done
+            if on_target is not None:
+                for _ in done:
+                    on_target()
     return {target.name: found[target.name] for target in everything}

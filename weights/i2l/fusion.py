@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ..errors import StyleLoomError
 from ..lora.algebra import concatenate, truncate
 from ..lora.factors import Factors
+from ..parallel import each_alone
 
 
 def parse_weights(text: str, count: int) -> list[float]:
@@ -69,8 +70,8 @@ def fuse(
     Returns:
         Factors by target, of rank (number of predictors) · (pictures of weight > 0) · rank [+ that of extra].
     """
-    fused = {}
-    for name in decoded[0]:
+
+    def fuse_target(name: str) -> Factors:
         pairs, scales = [], []
         for per_picture in decoded:
             for pair, weight in zip(per_picture[name], weights, strict=True):
@@ -82,9 +83,14 @@ def fuse(
             pairs.append(Factors(extra[name].down.to(dtype), extra[name].up.to(dtype)))
             scales.append(strength)
         pair = concatenate(pairs, scales)
-        fused[name] = truncate(pair, max_rank) if max_rank else pair
-        if on_target is not None:
-            on_target()
+        return truncate(pair, max_rank) if max_rank else pair
+
+    fused = {}
+    with each_alone(fuse_target, decoded[0]) as results:
+        for name, pair in zip(decoded[0], results, strict=True):
+            fused[name] = pair
+            if on_target is not None:
+                on_target()
     return fused
 
 

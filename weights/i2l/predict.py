@@ -11,6 +11,7 @@ import torch
 from ..errors import StyleLoomError
 from ..lora.algebra import frobenius_norm
 from ..lora.factors import Factors, split_pairs
+from ..parallel import each_alone
 from ..tensor_file import Header, TensorFile, fingerprint, read_header
 from .decode import decode
 from .fusion import check_bias, fuse, parse_weights
@@ -156,7 +157,8 @@ def predict_lora(
 
 
 def _report(recipe: dict, factors: dict[str, Factors], warnings: list[str]) -> str:
-    norms = {name: frobenius_norm(pair) for name, pair in factors.items()}
+    with each_alone(frobenius_norm, factors.values()) as results:
+        norms = dict(zip(factors, results, strict=True))
     largest = sorted(norms, key=norms.get, reverse=True)[:3]
     total = sum(norm * norm for norm in norms.values()) ** 0.5
     size = sum(t.numel() * t.element_size() for pair in factors.values() for t in pair)

@@ -46,5 +46,8 @@ def truncate(pair: Factors, max_rank: int) -> Factors:
 def concatenate(pairs: list[Factors], scales: list[float]) -> Factors:
     """Σ scaleᵢ·upᵢ·downᵢ as one pair of rank Σ rankᵢ. Scales go to `down`, in fp32 with one rounding to its dtype."""
     # bf16 times a Python number is computed in fp32 and rounded once.
-    down = torch.cat([p.down * s if s != 1 else p.down for p, s in zip(pairs, scales)])
+    if all(scale == scales[0] for scale in scales):
+        down = torch.cat([p.down for p in pairs]).mul_(scales[0])
+    else:
+        down = torch.cat([p.down * scale for p, scale in zip(pairs, scales)])
     return Factors(down, torch.cat([p.up for p in pairs], dim=1))

@@ -1,0 +1,77 @@
+"""Threads that compute alone: order, errors, cancelling, and torch's own number of threads afterwards."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from styleloom.weights.parallel import each_alone
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order():
+    def slow_first(i):
+        time.sleep(0.02 if i == 0 else 0)
+        return i * i, torch.get_num_threads()
+
+    with each_alone(slow_first, range(20)) as results:
+        assert list(results) == [(i * i, 1) for i in range(20)]
+
+
+def test_an_error_inside_stops_the_rest():
+    done = []
+
+    def fails(i):
+        if i == 3:
+            raise KeyError("third")
+        time.sleep(0.005)
+        done.append(i)
+
+    with pytest.raises(KeyError, match="third"), each_alone(fails, range(500)) as results:
+        list(results)
+    assert len(done) < 500
+
+
+def test_leaving_early_waits_for_what_runs_and_cancels_the_rest():
+    done = []
+
+    def work(i):
+        time.sleep(0.005)
+        done.append(i)
+        return i
+
+    class Stop(Exception):
+        pass
+
+    with pytest.raises(Stop), each_alone(work, range(500)) as results:
+        next(results)
+        raise Stop
+    count = len(done)
+    time.sleep(0.05)
+    assert len(done) == count < 500
+    assert not [t for t in threading.enumerate() if t.name.startswith("styleloom")]
+
+
+def test_one_and_many_threads_give_the_same_bits():
+    weights = [torch.randn(300, 64).bfloat16() for _ in range(8)]
+    x = torch.randn(4, 64).bfloat16()
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        with each_alone(lambda w: torch.nn.functional.linear(x, w), weights) as results:
+            found = torch.stack(list(results))
+        torch.set_num_threads(2)
+        return found
+
+    assert torch.equal(run(1), run(4))
