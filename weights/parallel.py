@@ -14,27 +14,32 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def each_alone(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Iterator[Result]]:
+def each_alone(
+    function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 1
+) -> Iterator[Iterator[Result]]:
     """`map(function, items)` on as many threads as torch would use, each of which computes without helpers.
 
     Thin products wait for memory: threads that share one mostly wait for each other (by spinning, which is ruinous on
     a busy machine), threads with products of their own do not. The result, too, is then the same whatever the number
     of threads is.
 
+    `at_once` items are handed to a thread in one go, for work that takes less time than handing it over.
+
     Used as a context manager that gives the results in order; when it is left, also by an exception of the caller's,
     what has not begun is cancelled, what has is waited for, and torch's number of threads is as before.
     """
     threads = torch.get_num_threads()
+    items = list(items)
 
-    def work(item: Item) -> Result:
+    def work(first: int) -> list[Result]:
         with torch.no_grad():  # grad mode is a thread's own
-            return function(item)
+            return [function(item) for item in items[first : first + at_once]]
 
     try:
         with ThreadPoolExecutor(threads, "styleloom", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(work, item) for item in items]
+            futures = [pool.submit(work, first) for first in range(0, len(items), at_once)]
             try:
-                yield (future.result() for future in futures)
+                yield (result for future in futures for result in future.result())
             finally:
                 for future in futures:
                     future.cancel()

@@ -266,11 +266,11 @@ class TensorFile:
                 raise _broken(self.header.path, "the file ended while it was read; it was whole when it was opened")
             view = view[count:]
 
-    def rows(self, key: str) -> Iterator[torch.Tensor]:
-        """A matrix in pieces of whole rows, about 4 MB each, in order.
+    def rows(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A matrix in pieces of whole rows, about 4 MB of the file each, in order.
 
         Yields:
-            (some rows, columns) in the file's dtype; each is overwritten when the next one is asked for.
+            (some rows, columns) in `dtype`; each is overwritten when the next one is asked for.
         """
         info = self.header.tensors[key]
         count, columns = info.shape
@@ -285,7 +285,15 @@ class TensorFile:
         for first in range(0, count, at_once):
             some = min(at_once, count - first)
             self._fill(place.file, view[: some * row_bytes])
-            yield buffer[: some * row_bytes].view(_DTYPES[info.dtype]).view(some, columns)
+            piece = buffer[: some * row_bytes].view(_DTYPES[info.dtype]).view(some, columns)
+            yield piece if piece.dtype == dtype else self._cast(piece, dtype)
+
+    def _cast(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Into a buffer that is used again too: thousands of short-lived ones leave the allocator with gigabytes."""
+        buffer = getattr(self._local, "cast", None)
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < piece.numel():
+            buffer = self._local.cast = torch.empty(max(piece.numel(), _PIECE_BYTES // 2), dtype=dtype)
+        return buffer[: piece.numel()].view(piece.shape).copy_(piece)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """A whole tensor of a float dtype, in memory of its own."""

@@ -20,12 +20,13 @@ def _two_threads():
     torch.set_num_threads(before)
 
 
-def test_results_come_in_order():
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_results_come_in_order(at_once):
     def slow_first(i):
         time.sleep(0.02 if i == 0 else 0)
         return i * i, torch.get_num_threads()
 
-    with each_alone(slow_first, range(20)) as results:
+    with each_alone(slow_first, range(20), at_once) as results:
         assert list(results) == [(i * i, 1) for i in range(20)]
 
 

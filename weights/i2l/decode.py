@@ -43,7 +43,6 @@ def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     groups = x.split(_GROUP if x.dtype == torch.bfloat16 else 1)
     out = []
     for piece in pieces:
-        piece = piece.to(x.dtype)
         out += [torch.cat([linear(group, piece) for group in groups]) if len(groups) > 1 else linear(x, piece)]
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
@@ -51,10 +50,12 @@ def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
 def _residual(file: TensorFile, block: str, hidden: torch.Tensor) -> torch.Tensor:
     """(N, tokens, text_width) → (rows, compress)."""
     h = [
-        torch.stack([linear(tokens, piece.to(hidden.dtype)) for tokens in hidden])
-        for piece in file.rows(f"{block}.proj_residual.proj_in.weight")
+        torch.stack([linear(tokens, piece) for tokens in hidden])
+        for piece in file.rows(f"{block}.proj_residual.proj_in.weight", hidden.dtype)
     ]
-    return _apply(_grouped(torch.cat(h, dim=2).flatten(1)), file.rows(f"{block}.proj_residual.proj_out.weight"))
+    return _apply(
+        _grouped(torch.cat(h, dim=2).flatten(1)), file.rows(f"{block}.proj_residual.proj_out.weight", hidden.dtype)
+    )
 
 
 def _check_inputs(file: TensorFile, spec: PredictorSpec, x: torch.Tensor, hidden: torch.Tensor | None) -> None:
@@ -115,10 +116,10 @@ def _decode_block(
             ("proj_a", (spec.rank, spec.widths[target.a_width])),
             ("proj_b", (spec.widths[target.b_width], spec.rank)),
         ):
-            h = _apply(x, file.rows(f"{target.stored}.{factor}.proj_in.weight"))
+            h = _apply(x, file.rows(f"{target.stored}.{factor}.proj_in.weight", x.dtype))
             if residual is not None:
                 h = h + residual
-            out = _apply(h, file.rows(f"{target.stored}.{factor}.proj_out.weight"))
+            out = _apply(h, file.rows(f"{target.stored}.{factor}.proj_out.weight", x.dtype))
             out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
             factors.append(out.unflatten(1, shape))
         _check_finite(file, target.stored, factors)

@@ -86,7 +86,7 @@ def fuse(
         return truncate(pair, max_rank) if max_rank else pair
 
     fused = {}
-    with each_alone(fuse_target, decoded[0]) as results:
+    with each_alone(fuse_target, decoded[0], at_once=24) as results:
         for name, pair in zip(decoded[0], results, strict=True):
             fused[name] = pair
             if on_target is not None:

@@ -157,7 +157,7 @@ def predict_lora(
 
 
 def _report(recipe: dict, factors: dict[str, Factors], warnings: list[str]) -> str:
-    with each_alone(frobenius_norm, factors.values()) as results:
+    with each_alone(frobenius_norm, factors.values(), at_once=24) as results:
         norms = dict(zip(factors, results, strict=True))
     largest = sorted(norms, key=norms.get, reverse=True)[:3]
     total = sum(norm * norm for norm in norms.values()) ** 0.5
