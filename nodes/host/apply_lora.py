@@ -22,6 +22,13 @@ def _stem(key: str, key_map: Mapping) -> str | None:
     return None
 
 
+def _patched(key: str, target):
+    """What the host patches for a LoRA key: the weight of the key map, or the bias beside it."""
+    if key.endswith((".diff_b", ".b_norm")) and isinstance(target, str):
+        return target.removesuffix(".weight") + ".bias"
+    return target
+
+
 def _some(keys: Iterable[str]) -> str:
     keys = list(keys)
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
@@ -46,14 +53,30 @@ def _made(adapter) -> tuple[int, int] | None:
     return None
 
 
-def _check_shape(root, target, adapter) -> str:
-    """What is wrong with the shape of a patch, or ''. The host only logs such a patch when it comes to it, and goes on
-    without."""
+def _weight(roots: Iterable, key: str):
+    """The parameter of that name in the first module that has it, else None. Its shape is the logical one also where a
+    quantised layer would write another into its state dict."""
+    for root in roots:
+        try:
+            found = comfy.utils.get_attr(root, key)
+        except AttributeError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _check_shape(roots: Iterable, target, adapter) -> str:
+    """What is wrong with the place or the shape of a patch, or ''. The host only logs such a patch when it comes to it,
+    and goes on without."""
     key, part = (target[0], target[1]) if isinstance(target, tuple) else (target, None)
+    weight = _weight(roots, key)
+    if weight is None:
+        return f"there is no {key} to patch"  # a bias of a layer without one, for example
     made = _made(adapter)
     if made is None:
         return ""
-    shape = list(comfy.utils.get_attr(root, key).shape)
+    shape = list(weight.shape)
     if part is not None:
         shape[part[0]] = part[2]
     due = (shape[0], math.prod(shape[1:]))
@@ -75,7 +98,6 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
         StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches.
     """
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    on_model = set(key_map)
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
     converted = comfy.lora_convert.convert_lora(dict(lora))
@@ -92,7 +114,7 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
             else "Connect clip: these keys are for the text encoder.",
         )
     patches = comfy.lora.load_lora(converted, key_map)
-    lost = sorted({stem for stem in stems.values() if key_map[stem] not in patches})
+    lost = sorted({stem for key, stem in stems.items() if _patched(key, key_map[stem]) not in patches})
     if lost:
         raise StyleLoomError(
             f"{len(lost)} patches are incomplete or of an unknown kind: {_some(lost)}",
@@ -100,12 +122,8 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
             "The LoRA file is damaged, or of a format that this ComfyUI "
             "does not know: update ComfyUI, or export the LoRA again.",
         )
-    unet_targets = {key_map[stem] for stem in on_model}
-    wrong = [
-        _check_shape(model.model if target in unet_targets else clip.cond_stage_model, target, adapter)
-        for target, adapter in patches.items()
-    ]
-    wrong = [problem for problem in wrong if problem]
+    roots = [model.model] + ([clip.cond_stage_model] if clip is not None else [])
+    wrong = [problem for target, adapter in patches.items() if (problem := _check_shape(roots, target, adapter))]
     if wrong:
         raise StyleLoomError(
             f"{len(wrong)} patches have another size than this {name} model: {wrong[0]}",

@@ -200,13 +200,53 @@ def test_lora_for_another_model(run_node, encoders):
     name, ones = "diffusion_model.layers.5.feed_forward.w1", torch.ones
     for kind, right, wrong in (
         ("diff", {"diff": ones(256, 96)}, {"diff": ones(96, 96)}),
-        ("loha", dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(256, 2)) | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96)),
-         dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(250, 2)) | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96))),
+        (
+            "loha",
+            dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(256, 2))
+            | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96)),
+            dict.fromkeys(("hada_w1_a", "hada_w2_a"), ones(250, 2))
+            | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96)),
+        ),
         ("lokr", {"lokr_w1": ones(4, 4), "lokr_w2": ones(64, 24)}, {"lokr_w1": ones(4, 4), "lokr_w2": ones(24, 64)}),
     ):
         assert "1 of 1" in apply({f"{name}.{key}": value for key, value in right.items()})[2], kind
         refused(apply, "1 patches have another size", {f"{name}.{key}": value for key, value in wrong.items()})
     refused(apply, "Connect clip", {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(1, 1)})
+
+
+def test_a_lora_with_biases_and_text_parts(run_node):
+    """What trainers other than ours write: full differences with biases, kohya names, parts for the text encoder."""
+    model, clip, _ = run_node("StyleLoomKitModel", architecture="z-image", seed=0)
+    bias = dict(model.model.named_parameters())["diffusion_model.cap_embedder.1.bias"]
+    stem = "diffusion_model.cap_embedder.1"
+    apply = lambda lora, **kw: run_node("StyleLoomApplyLoRA", model=model, lora=lora, **kw)  # noqa: E731
+    patched = apply({f"{stem}.diff_b": torch.ones_like(bias)})[0]
+    assert f"{stem}.bias" in patched.patches
+    refused(apply, "1 patches have another size.*cap_embedder.1.bias", {f"{stem}.diff_b": torch.ones(len(bias) + 1)})
+    refused(
+        apply,
+        "there is no diffusion_model.layers.0.feed_forward.w1.bias",
+        {"diffusion_model.layers.0.feed_forward.w1.diff_b": torch.ones(256)},
+    )
+
+    model, clip, _ = run_node("StyleLoomKitModel", architecture="sdxl", seed=0)
+    te = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    fc1 = clip.cond_stage_model.state_dict()["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
+    unet = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_q"
+    to_q = model.model.state_dict()["diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"]
+    lora = {
+        f"{unet}.lora_up.weight": torch.ones(to_q.shape[0], 2),
+        f"{unet}.lora_down.weight": torch.ones(2, to_q.shape[1]),
+        f"{unet}.alpha": torch.tensor(1.0),
+        f"{te}.lora_up.weight": torch.ones(fc1.shape[0], 2),
+        f"{te}.lora_down.weight": torch.ones(2, fc1.shape[1]),
+        f"{te}.alpha": torch.tensor(1.0),
+    }
+    refused(apply, "3 of the LoRA's 6 keys", lora)
+    patched, patched_clip, report = apply(lora, clip=clip, strength=0.5, strength_clip=0.25)
+    assert len(patched.patches) == 1 and len(patched_clip.patcher.patches) == 1 and not clip.patcher.patches
+    assert "1 of 2 patches on SDXL" in report and "1 patches on the text encoder at strength 0.25" in report
+    refused(apply, "1 patches have another size", {**lora, f"{te}.lora_up.weight": torch.ones(3, 2)}, clip=clip)
 
 
 def test_broken_loras(run_node, host):
