@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .asymmetric_cfg import AsymmetricCFGGuiderNode, AsymmetricCFGSamplerNode, LoRAStackNode
 from .host import folders
 from .i2l_encoders import EncodeReferences, GrayReferences, LoadImageEncoders
 from .i2l_predictor import ImageToLoRA, LoadPredictor
@@ -22,6 +23,9 @@ NODES: list[type[io.ComfyNode]] = [
     LoadLoRA,
     SaveLoRA,
     ApplyLoRA,
+    LoRAStackNode,
+    AsymmetricCFGGuiderNode,
+    AsymmetricCFGSamplerNode,
 ]
 
 

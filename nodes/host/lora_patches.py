@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
+import torch
 
 from ...weights.errors import StyleLoomError
 
@@ -84,13 +85,42 @@ def _check_shape(roots: Iterable, target, adapter) -> str:
     return "" if made == due else f"{key} is {shape} and its patch makes {list(made)}"
 
 
-def lora_patches(model, clip, lora) -> dict:
+# Beginnings of the keys that trainers write for text encoders.
+_TEXT = (
+    "lora_te",
+    "text_encoder",
+    "text_model",
+    "te.",
+    "te1.",
+    "te2.",
+    "lora_prior_te",
+    "clip_l.",
+    "clip_g.",
+    "t5xxl.",
+)
+
+
+def is_text_key(key: str) -> bool:
+    """A LoRA's key is for a text encoder, by its name."""
+    return key.startswith(_TEXT)
+
+
+def find_module(root: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """The module of that name below `root`, or None."""
+    try:
+        return comfy.utils.get_attr(root, name)
+    except AttributeError:
+        return None
+
+
+def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
     """The host's patches for a LoRA, each checked to have a place and the size of it.
 
     Args:
         model: MODEL.
         clip: CLIP or None.
         lora: LORA_MODEL in any format that the host reads.
+        label: What errors call it.
 
     Returns:
         What `ModelPatcher.add_patches` takes: a weight's key, or (key, (axis, start, length)) for a part of a weight,
@@ -107,9 +137,9 @@ def lora_patches(model, clip, lora) -> dict:
     unknown = [key for key, stem in stems.items() if stem is None]
     name = type(model.model).__name__
     if unknown:
-        text = [key for key in unknown if key.startswith(("lora_te", "text_encoder", "text_model", "te."))]
+        text = [key for key in unknown if is_text_key(key)]
         raise StyleLoomError(
-            f"{len(unknown)} of the LoRA's {len(converted)} keys find no place in this {name} model: {some(unknown)}",
+            f"{len(unknown)} of the {label}'s {len(converted)} keys find no place in this {name} model: {some(unknown)}",
             f"a LoRA for {name}" + ("" if clip is not None or not text else ", with the text encoder in clip"),
             "Use the LoRA with the model that it was made for."
             if clip is not None or len(text) < len(unknown)
@@ -119,7 +149,7 @@ def lora_patches(model, clip, lora) -> dict:
     lost = sorted({stem for key, stem in stems.items() if _patched(key, key_map[stem]) not in patches})
     if lost:
         raise StyleLoomError(
-            f"{len(lost)} patches are incomplete or of an unknown kind: {some(lost)}",
+            f"{len(lost)} patches of the {label} are incomplete or of an unknown kind: {some(lost)}",
             "both halves of every patch",
             "The LoRA file is damaged, or of a format that this ComfyUI "
             "does not know: update ComfyUI, or export the LoRA again.",
@@ -128,7 +158,7 @@ def lora_patches(model, clip, lora) -> dict:
     wrong = [problem for target, adapter in patches.items() if (problem := _check_shape(roots, target, adapter))]
     if wrong:
         raise StyleLoomError(
-            f"{len(wrong)} patches have another size than this {name} model: {wrong[0]}",
+            f"{len(wrong)} patches of the {label} have another size than this {name} model: {wrong[0]}",
             "a LoRA for a model of this width",
             "Use the LoRA with the model that it was made for.",
         )

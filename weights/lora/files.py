@@ -45,10 +45,20 @@ def check_lora(tensors: Mapping[str, torch.Tensor], file: str) -> None:
             "a LoRA, LoCon, LoHa, LoKr, OFT or GLoRA file",
             "Choose a LoRA. A checkpoint or diffusion model belongs into its own loader.",
         )
+    check_finite(tensors, file)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise StyleLoomError where a tensor holds NaN or infinity; `name` says whose it is."""
     for key, value in tensors.items():
-        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+        # One pass that keeps nothing: a sum is finite unless a part is not, or the parts are huge.
+        if (
+            value.is_floating_point()
+            and not bool(value.float().sum().isfinite())
+            and not bool(value.float().isfinite().all())
+        ):
             raise StyleLoomError(
-                f"{file}: the tensor {key!r} holds NaN or infinity",
+                f"{name}: the tensor {key!r} holds NaN or infinity",
                 "finite numbers",
                 "The training of this LoRA diverged, or the file is damaged: use an earlier save of "
                 "it, or download it again.",

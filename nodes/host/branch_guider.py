@@ -1,0 +1,58 @@
+"""Guidance with one LoRA state on the positive side and another on the negative side."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import comfy.model_patcher
+import comfy.samplers
+
+from ...weights.branches.rows import NEGATIVE, POSITIVE
+from .branch_plan import Plan
+from .branch_run import KEY, BranchRun
+
+_BRANCHES = {"positive": POSITIVE, "negative": NEGATIVE}
+
+
+class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
+    """noise = negative + cfg · (positive − negative), each side computed with its own LoRAs, both in one batch.
+
+    Source of the scheme: Duan and Chen, arXiv 2606.13809, section 3.4.
+
+    Args:
+        model: MODEL. It stays as it is; LoRAs that it is patched with act on both sides.
+        plan: From `make_plan` for this model.
+    """
+
+    def __init__(self, model, plan: Plan):
+        super().__init__(model.clone())
+        self._plan = plan
+        holder = plan.holder()
+        if len(holder):
+            # As an additional model the tensors are loaded, counted and moved out by the host, like a ControlNet's.
+            self.model_patcher.set_additional_models(
+                KEY,
+                [
+                    comfy.model_patcher.ModelPatcher(
+                        holder, load_device=model.load_device, offload_device=model.offload_device
+                    )
+                ],
+            )
+
+    def set_conds(self, positive, negative):
+        """positive, negative: CONDITIONING; negative may be None, as with cfg 1."""
+        conds = {"positive": positive} | ({} if negative is None else {"negative": negative})
+        for name in conds:
+            hooks = self._plan.hooks[_BRANCHES[name]]
+            if hooks is not None:
+                conds[name] = comfy.hooks.set_hooks_for_conditioning(conds[name], hooks)
+        self.inner_set_conds(conds)
+
+    def inner_sample(self, *args, **kwargs):
+        models = [self.inner_model] + [
+            patcher.model
+            for patcher in self.model_options.get("multigpu_clones", {}).values()
+            if patcher.model is not self.inner_model
+        ]
+        branch_of = {cond["uuid"]: _BRANCHES[name] for name in self.conds for cond in self.conds[name]}
+        with BranchRun(self._plan, branch_of).active(models, self.model_options):
+            return super().inner_sample(*args, **kwargs)

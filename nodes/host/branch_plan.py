@@ -1,0 +1,179 @@
+"""From the LoRAs of both branches to terms on layers, and weight hooks for the few patches that have no term."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+import comfy.hooks
+import torch
+
+from ...weights.branches.layers import layer_of
+from ...weights.branches.low_rank import LowRank, Pair
+from ...weights.branches.rows import NEGATIVE, POSITIVE
+from ...weights.branches.terms import Term, Turn
+from ...weights.errors import StyleLoomError
+from ...weights.lora.files import check_finite
+from .branch_adapters import NoTerm, Place, term_of
+from .branch_schedule import BranchLoRA, Schedule
+from .lora_patches import find_module, is_text_key, lora_patches, some
+
+NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is to be done in the model's layers.
+
+    Attributes:
+        terms: Layer's name in the model → branch → terms, in the order of their LoRAs.
+        hooks: Branch → the host's HookGroup for what only a changed weight can do, or None.
+        schedules: Branch → one schedule for each of its LoRAs; a term's `source` counts them.
+        strengths: Branch → their strengths.
+        report: What was made of what, in lines.
+    """
+
+    terms: dict[str, dict[int, list[Term]]]
+    hooks: dict[int, comfy.hooks.HookGroup | None]
+    schedules: dict[int, list[Schedule]]
+    strengths: dict[int, list[float]]
+    report: list[str]
+
+    def holder(self) -> torch.nn.Module:
+        """One module with all tensors, for the host to account for and to move."""
+        return torch.nn.ModuleList(
+            term for branches in self.terms.values() for made in branches.values() for term in made
+        )
+
+
+def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
+    """Read the LoRAs of both branches for one model.
+
+    Args:
+        model: MODEL; nothing of it is changed.
+        branches: POSITIVE and NEGATIVE → their LoRAs. Strength 0 and empty windows are left out.
+
+    Raises:
+        StyleLoomError: a LoRA for another architecture or of another size, NaN, incomplete patches.
+    """
+    plan = Plan({}, {}, {}, {}, [])
+    dtype = computed_in(model)
+    for branch, entries in branches.items():
+        acting = [entry for entry in entries if entry.acts]
+        plan.schedules[branch] = [Schedule(entry) for entry in acting]
+        plan.strengths[branch] = [entry.strength for entry in acting]
+        plan.hooks[branch] = None
+        pending: dict[str, list[Term | Pair]] = {}
+        for source, entry in enumerate(acting):
+            _read(plan, model, branch, source, entry, dtype, pending)
+        for name, made in pending.items():
+            plan.terms.setdefault(name, {})[branch] = _stacked(made, layer_of(find_module(model.model, name)), dtype)
+        if not acting:
+            plan.report.append(f"{NAMES[branch]}: the model as it is")
+    return plan
+
+
+def computed_in(model) -> torch.dtype | None:
+    """The dtype of the model's activations; None where the host does not say."""
+    inner = model.model
+    return getattr(inner, "manual_cast_dtype", None) or model.model_dtype()
+
+
+def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict) -> None:
+    label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
+    text = [key for key in entry.lora if is_text_key(key)]
+    lora = {key: value for key, value in entry.lora.items() if key not in set(text)}
+    if not lora:
+        raise StyleLoomError(
+            f"the {label} has no part for the diffusion model"
+            + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
+            "a LoRA with keys of the diffusion model",
+            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
+        )
+    check_finite(lora, f"the {label}")
+    patches = lora_patches(model, None, lora, label)
+    left, why, kinds = {}, Counter(), Counter()
+    for target, adapter in patches.items():
+        key, part, swap = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
+        name, _, parameter = key.rpartition(".")
+        layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
+        try:
+            term = term_of(adapter, Place(key, parameter, layer, source, part, swap, dtype))
+            if isinstance(term, Turn) and layer.bias and _quantised(model, name):
+                raise NoTerm(f"{adapter.name} on a quantised layer with a bias")
+        except NoTerm as reason:
+            left[target] = adapter
+            why[str(reason)] += 1
+            continue
+        kinds["LoRA" if isinstance(term, Pair) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
+        pending.setdefault(name, []).append(term)
+
+    made = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    plan.report.append(
+        f"{label}: {len(patches)} patches at strength {entry.strength:g}"
+        + (
+            f", {entry.start_percent:g} to {entry.end_percent:g} of sampling"
+            if not plan.schedules[branch][source].constant
+            else ""
+        )
+        + (f"; in one pass: {made}" if made else "")
+    )
+    if left:
+        plan.report.append(
+            f"  {len(left)} through ComfyUI's weight hooks, which run the branches one after the other and patch these "
+            f"weights in every step: {', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
+            f"{some(_key(target) for target in left)}"
+        )
+        group = plan.hooks[branch] = plan.hooks[branch] or comfy.hooks.HookGroup()
+        group.add(_hook(left, entry.strength, plan.schedules[branch][source]))
+    if text:
+        plan.report.append(
+            f"  {len(text)} keys for a text encoder are not a sampler's business: apply this LoRA to the clip of the "
+            f"{NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
+        )
+        logging.warning("StyleLoom: Asymmetric CFG: %s", plan.report[-1].strip())
+
+
+def _key(target) -> str:
+    return target if isinstance(target, str) else target[0]
+
+
+def _hook(patches: dict, strength: float, schedule: Schedule) -> comfy.hooks.WeightHook:
+    """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
+    hook = comfy.hooks.WeightHook(strength_model=strength, strength_clip=0.0)
+    hook.weights = patches
+    hook.weights_clip = {}
+    hook.need_weight_init = False
+    hook.hook_keyframe = schedule
+    return hook
+
+
+def _quantised(model, name: str) -> bool:
+    weight = getattr(find_module(model.model, name), "weight", None)
+    return (
+        weight is None
+        or type(weight.data) is not torch.Tensor
+        or not weight.is_floating_point()
+        or weight.dtype.itemsize < 2
+    )
+
+
+def _stacked(made: list[Term | Pair], layer, dtype) -> list[Term]:
+    """Neighbouring low-rank pairs on the same inputs become one term."""
+    terms: list[Term] = []
+    waiting: dict[object, list[Pair]] = {}
+
+    def flush() -> None:
+        terms.extend(LowRank(layer, pairs, dtype) for pairs in waiting.values())
+        waiting.clear()
+
+    for entry in made:
+        if isinstance(entry, Pair):
+            waiting.setdefault(entry.inputs, []).append(entry)
+        else:
+            flush()
+            terms.append(entry)
+    flush()
+    return terms

@@ -1,0 +1,199 @@
+"""One sampling run with two LoRA states: terms before the layers' forward, and the branch of each row."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ...weights.branches.low_rank import LowRank, Observer, SharedInput
+from ...weights.branches.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
+from .branch_plan import Plan
+from .lora_patches import find_module
+
+KEY = "styleloom_branches"
+
+
+class Pass:
+    """What the layers have to know during one call of one model: plain numbers, so that a compiled graph can rely on
+    them from call to call. Outside of such a call every layer does just what it did before."""
+
+    def __init__(self):
+        self.on = False
+        self.order: tuple[int, ...] = ()
+        self.batch = 0
+        self.tiled = False
+        self.strengths: dict[int, tuple[float, ...]] = {}
+        self.observers: dict[int, Observer] | None = None
+
+
+def branched_forward(forward: Callable, terms: Mapping[int, list], now: Pass) -> Callable:
+    """A layer's forward that also applies each branch's terms to the rows of that branch."""
+
+    def run(x, *args, **kwargs):
+        if not now.on:
+            return forward(x, *args, **kwargs)
+        runs = tuple(
+            run
+            for run in spans(now.order, now.batch, x.shape[0], now.tiled)
+            if run[0] in terms and any(now.strengths[run[0]])
+        )
+        if not runs:
+            return forward(x, *args, **kwargs)
+
+        def base(value):
+            return forward(value, *args, **kwargs)
+
+        # What changes the input does so from the last term to the first: the last was merged last.
+        seen, changed = {}, None
+        for branch, start, length in runs:
+            rows = x.narrow(0, start, length)
+            inputs = []
+            for term in reversed(terms[branch]):
+                inputs.append(rows)
+                rows = term.enter(rows, now.strengths[branch])
+            seen[start] = inputs[::-1]
+            if rows is not inputs[0]:
+                changed = x.clone() if changed is None else changed
+                changed.narrow(0, start, length).copy_(rows)
+        y = base(x if changed is None else changed)
+        for branch, start, length in runs:
+            out, strengths = y.narrow(0, start, length), now.strengths[branch]
+            for term, rows in zip(terms[branch], seen[start], strict=True):
+                if isinstance(term, LowRank):
+                    if now.observers is not None:
+                        now.observers[branch].see(term, x)
+                    term.add(x if changed is None else None, rows, out, strengths)
+                else:
+                    term.leave(rows, out, strengths, base)
+        return y
+
+    return run
+
+
+class BranchRun:
+    """Puts a plan to work for one sampling run and takes it away again.
+
+    Args:
+        plan: From `make_plan`.
+        branch_of: The conditioning's uuid → its branch.
+    """
+
+    def __init__(self, plan: Plan, branch_of: Mapping[object, int]):
+        self._plan, self._branch_of = plan, dict(branch_of)
+        self._passes: dict[int, Pass] = {}
+        self._shared: list[SharedInput] = []
+        self._apart = False
+        self._observed = False
+
+    @contextlib.contextmanager
+    def active(self, models: list, model_options: dict):
+        """While open: the models' layers know the plan's terms, and `model_options` the two wrappers that say when.
+
+        Args:
+            models: The host's BaseModel of each device in use.
+            model_options: Of this run alone; the wrappers stay in it.
+        """
+        for schedule in (schedule for made in self._plan.schedules.values() for schedule in made):
+            schedule.reset()
+            schedule.initialize_timesteps(models[0])
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply_model, model_options, is_model_options=True)
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True
+        )
+        before = []
+        try:
+            for model in models:
+                now = self._passes[id(model)] = Pass()
+                for name, terms in self._plan.terms.items():
+                    module = find_module(model, name)
+                    before.append((module, module.__dict__.get("forward")))
+                    module.forward = branched_forward(module.forward, terms, now)
+            yield self
+        finally:
+            for module, forward in reversed(before):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+            for shared in self._shared:
+                shared.undo()
+            self._shared.clear()
+            self._passes.clear()
+
+    def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
+        """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
+        if not self._apart:
+            try:
+                return executor(model, conds, x_in, timestep, model_options)
+            except UnknownRows as unknown:
+                self._apart = True
+                logging.warning(
+                    "StyleLoom: Asymmetric CFG: a layer of %s got %s; both branches now run one after the other, which "
+                    "gives the same picture in more time",
+                    type(model).__name__,
+                    unknown,
+                )
+        alone = [
+            executor(model, [c if i == j else None for i, c in enumerate(conds)], x_in, timestep, model_options)
+            for j in range(len(conds))
+        ]
+        return [outputs[j] for j, outputs in enumerate(alone)]
+
+    def _apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ):
+        options = transformer_options or {}
+        now = self._passes.get(id(executor.class_obj))
+        if now is None or now.on:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        now.order = self._order(options)
+        now.batch = x.shape[0]
+        now.tiled = type(executor.class_obj.diffusion_model).__name__ in TILED
+        now.strengths = self._strengths(t, options)
+        watch = not self._observed and not torch.compiler.is_compiling()
+        now.observers = {POSITIVE: Observer(), NEGATIVE: Observer()} if watch else None
+        now.on = True
+        try:
+            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            now.on = False
+            observers, now.observers = now.observers, None
+            for shared in self._shared:
+                shared.let_go()
+        if observers is not None:
+            self._learn(observers)
+        return result
+
+    def _learn(self, observers: Mapping[int, Observer]) -> None:
+        self._observed = True
+        for observer in observers.values():
+            self._shared.extend(observer.groups())
+
+    def _order(self, options: Mapping) -> tuple[int, ...]:
+        """By the conditioning that a chunk comes from: nodes that run one side alone (perturbed attention, skipped
+        layers, SAG) pass a list of one, so its place says nothing. A conditioning unknown to the guider goes by place."""
+        places = options.get("cond_or_uncond") or [POSITIVE]
+        ids = options.get("uuids") or [None] * len(places)
+        return tuple(
+            self._branch_of.get(uuid, POSITIVE if place == 0 else NEGATIVE)
+            for place, uuid in zip(places, ids, strict=True)
+        )
+
+    def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:
+        made = {}
+        for branch, schedules in self._plan.schedules.items():
+            if all(schedule.constant for schedule in schedules):
+                made[branch] = tuple(self._plan.strengths[branch])
+                continue
+            sigma = options.get("sigmas", t)[0]
+            for schedule in schedules:
+                schedule.prepare_current_keyframe(sigma, options)
+            made[branch] = tuple(
+                strength * schedule.strength
+                for strength, schedule in zip(self._plan.strengths[branch], schedules, strict=True)
+            )
+        return made

@@ -1,0 +1,147 @@
+"""LoRA on linear layers: the path that nearly every adapter takes, so the one that has to be fast."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .layers import Layer
+from .terms import Part, Term, stored, weights_like
+
+
+@dataclass(frozen=True)
+class Pair:
+    """lora_down (rank, in) and lora_up (out, rank) of one LoRA; `scale` is alpha / rank; see `Term` for the rest."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    source: int
+    outputs: Part = None
+    inputs: Part = None
+
+
+class LowRank(Term):
+    """y[outputs] += strength · scale · up · (down · x), for several pairs that see the same input.
+
+    All of them share one product with the stacked `down`: q, k and v of a fused projection, or several LoRAs of one
+    branch. Each is then added to its own outputs in one `addmm`, without a copy of the output.
+    """
+
+    def __init__(self, layer: Layer, pairs: list[Pair], dtype: torch.dtype | None = None):
+        super().__init__(layer, -1, None, pairs[0].inputs)
+        downs = [pair.down.reshape(pair.down.shape[0], -1) for pair in pairs]
+        common = downs[0].dtype if len({down.dtype for down in downs}) == 1 else torch.float32
+        self.down = stored(downs[0] if len(downs) == 1 else torch.cat([down.to(common) for down in downs]), dtype)
+        self.ups = torch.nn.ParameterList(stored(pair.up.reshape(pair.up.shape[0], -1), dtype) for pair in pairs)
+        self.scales = tuple(pair.scale for pair in pairs)
+        self.sources = tuple(pair.source for pair in pairs)
+        self.parts = tuple(pair.outputs for pair in pairs)
+        self.ranks = tuple(down.shape[0] for down in downs)
+        self.shared: SharedInput | None = None
+
+    def leave(self, x: torch.Tensor, y: torch.Tensor, strengths, base: Callable) -> None:
+        self.add(None, x, y, strengths)
+
+    def add(self, whole: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor, strengths: tuple[float, ...]) -> None:
+        """`leave`, where x may be rows of `whole`, the object that other layers of a `SharedInput` get too."""
+        if not any(strengths[source] for source in self.sources):
+            return
+        hidden = None
+        if self.shared is not None and whole is not None and not torch.compiler.is_compiling():
+            hidden = self.shared.hidden(self, whole, x)
+        if hidden is None:
+            hidden = F.linear(self._seen(x), weights_like(self.down, x))
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(y.dtype)
+        flat = y.view(-1, y.shape[-1]) if y.is_contiguous() else y
+        start = 0
+        for up, rank, scale, source, part in zip(
+            self.ups, self.ranks, self.scales, self.sources, self.parts, strict=True
+        ):
+            strength = strengths[source] * scale
+            if strength != 0:
+                mine = hidden.narrow(1, start, rank)
+                goal = flat if part is None else flat.narrow(-1, *part)
+                if flat is y and y.ndim != 2:
+                    goal.add_(F.linear(mine, weights_like(up, y)).view(goal.shape), alpha=strength)
+                else:
+                    goal.addmm_(mine, weights_like(up, y).t(), alpha=strength)
+            start += rank
+
+
+class SharedInput:
+    """Layers that get one and the same tensor (q, k, v of a block): their `down`s stacked into one product.
+
+    The layer that is called first computes for all; the others find their columns there. The result is let go with the
+    last of them.
+    """
+
+    def __init__(self, members: list[LowRank]):
+        self._members = members
+        self._stacked = torch.cat([member.down for member in members])
+        self._x = self._rows = self._hidden = None
+        self._columns = []
+        start = 0
+        for member in members:
+            end = start + member.down.shape[0]
+            self._columns.append((start, end))
+            member.down.data = self._stacked[start:end]  # one memory for both
+            member.shared = self
+            start = end
+
+    def hidden(self, member: LowRank, whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """down · x for one member, or None where it has to be computed for it alone."""
+        place = self._members.index(member)
+        rows = (x.storage_offset(), x.shape)
+        if place == 0:
+            self._x, self._rows = whole, rows
+            self._hidden = F.linear(x, weights_like(self._stacked, x))
+        elif self._x is not whole or self._rows != rows:
+            return None
+        start, end = self._columns[place]
+        found = self._hidden[..., start:end]
+        if place == len(self._members) - 1:
+            self.let_go()
+        return found
+
+    def let_go(self) -> None:
+        self._x = self._rows = self._hidden = None
+
+    def undo(self) -> None:
+        """The members compute alone again."""
+        self.let_go()
+        for member in self._members:
+            member.shared = None
+            member.down.data = member.down.data.clone()
+        self._stacked = None
+
+
+class Observer:
+    """Watches one pass of the model: which low-rank layers got the same tensor one after the other."""
+
+    def __init__(self):
+        self._last: torch.Tensor | None = None
+        self._groups: list[list[LowRank]] = []
+
+    def see(self, member: LowRank, whole: torch.Tensor) -> None:
+        if self._groups and whole is self._last and member not in self._groups[-1]:
+            self._groups[-1].append(member)
+        else:
+            self._groups.append([member])
+        self._last = whole
+
+    def groups(self) -> list[SharedInput]:
+        """Groups of two and more; a layer that was called twice is in none, its callers may differ."""
+        self._last = None
+        calls = Counter(id(member) for group in self._groups for member in group)
+        return [
+            SharedInput(group)
+            for group in self._groups
+            if len(group) > 1
+            and all(calls[id(member)] == 1 and member.inputs is None for member in group)
+            and len({(member.down.dtype, member.down.device) for member in group}) == 1
+        ]
