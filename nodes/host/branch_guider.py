@@ -8,7 +8,7 @@ import comfy.samplers
 
 from ...weights.branches.rows import NEGATIVE, POSITIVE
 from .branch_plan import Plan
-from .branch_run import KEY, BranchRun
+from .branch_run import KEY, BranchRun, NormsNotRun
 
 _BRANCHES = {"positive": POSITIVE, "negative": NEGATIVE}
 
@@ -40,12 +40,21 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
 
     def set_conds(self, positive, negative):
         """positive, negative: CONDITIONING; negative may be None, as with cfg 1."""
+        self._given = (positive, negative)
         conds = {"positive": positive} | ({} if negative is None else {"negative": negative})
         for name in conds:
             hooks = self._plan.hooks[_BRANCHES[name]]
             if hooks is not None:
                 conds[name] = comfy.hooks.set_hooks_for_conditioning(conds[name], hooks)
         self.inner_set_conds(conds)
+
+    def sample(self, *args, **kwargs):
+        try:
+            return super().sample(*args, **kwargs)
+        except NormsNotRun as found:  # known after the first pass, before the first step is done
+            self._plan.hook_norms(found.names)
+            self.set_conds(*self._given)
+            return super().sample(*args, **kwargs)
 
     def inner_sample(self, *args, **kwargs):
         models = [self.inner_model] + [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import comfy.hooks
 import torch
@@ -32,6 +32,7 @@ class Plan:
         hooks: Branch → the host's HookGroup for what only a changed weight can do, or None.
         schedules: Branch → one schedule for each of its LoRAs; a term's `source` counts them.
         strengths: Branch → their strengths.
+        norms: Layer's name → (branch, source, target, patch) of the norms among the terms; see `hook_norms`.
         report: What was made of what, in lines.
     """
 
@@ -40,6 +41,25 @@ class Plan:
     schedules: dict[int, list[Schedule]]
     strengths: dict[int, list[float]]
     report: list[str]
+    norms: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+
+    def hook_norms(self, names: Iterable[str]) -> None:
+        """Hand norms over to the host's weight hooks: those that attention computes itself, fused with the rotary
+        embedding, without calling the layer."""
+        for name in names:
+            del self.terms[name]
+            for branch, source, target, patch in self.norms.pop(name):
+                self.hook(branch, source, {target: patch})
+        self.report.append("  norms that attention computes itself go through ComfyUI's weight hooks")
+
+    def hook(self, branch: int, source: int, patches: dict) -> None:
+        """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
+        hook = comfy.hooks.WeightHook(strength_model=self.strengths[branch][source], strength_clip=0.0)
+        hook.weights, hook.weights_clip = patches, {}
+        hook.need_weight_init = False
+        hook.hook_keyframe = self.schedules[branch][source]
+        group = self.hooks[branch] = self.hooks[branch] or comfy.hooks.HookGroup()
+        group.add(hook)
 
     def holder(self) -> torch.nn.Module:
         """One module with all tensors, for the host to account for and to move."""
@@ -109,6 +129,8 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             continue
         kinds["LoRA" if isinstance(term, Pair) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
         pending.setdefault(name, []).append(term)
+        if layer.kind == "norm":
+            plan.norms.setdefault(name, []).append((branch, source, target, adapter))
 
     made = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     plan.report.append(
@@ -126,8 +148,7 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             f"weights in every step: {', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
             f"{some(_key(target) for target in left)}"
         )
-        group = plan.hooks[branch] = plan.hooks[branch] or comfy.hooks.HookGroup()
-        group.add(_hook(left, entry.strength, plan.schedules[branch][source]))
+        plan.hook(branch, source, left)
     if text:
         plan.report.append(
             f"  {len(text)} keys for a text encoder are not a sampler's business: apply this LoRA to the clip of the "
@@ -138,16 +159,6 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
 
 def _key(target) -> str:
     return target if isinstance(target, str) else target[0]
-
-
-def _hook(patches: dict, strength: float, schedule: Schedule) -> comfy.hooks.WeightHook:
-    """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
-    hook = comfy.hooks.WeightHook(strength_model=strength, strength_clip=0.0)
-    hook.weights = patches
-    hook.weights_clip = {}
-    hook.need_weight_init = False
-    hook.hook_keyframe = schedule
-    return hook
 
 
 def _quantised(model, name: str) -> bool:

@@ -12,9 +12,17 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...weights.branches.low_rank import LowRank, Observer, SharedInput
 from ...weights.branches.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
 from .branch_plan import Plan
-from .lora_patches import find_module
+from .lora_patches import find_module, some
 
 KEY = "styleloom_branches"
+
+
+class NormsNotRun(Exception):
+    """Norms whose layers the model does not call; raised after the first pass."""
+
+    def __init__(self, names: list[str]):
+        super().__init__(f"{len(names)} norms were not called")
+        self.names = names
 
 
 class Pass:
@@ -28,14 +36,18 @@ class Pass:
         self.tiled = False
         self.strengths: dict[int, tuple[float, ...]] = {}
         self.observers: dict[int, Observer] | None = None
+        self.called: set[str] | None = None
 
 
-def branched_forward(forward: Callable, terms: Mapping[int, list], now: Pass) -> Callable:
+def branched_forward(name: str, forward: Callable, terms: Mapping[int, list], now: Pass) -> Callable:
     """A layer's forward that also applies each branch's terms to the rows of that branch."""
 
     def run(x, *args, **kwargs):
         if not now.on:
             return forward(x, *args, **kwargs)
+        watched = now.called is not None and not torch.compiler.is_compiling()
+        if watched:
+            now.called.add(name)
         runs = tuple(
             run
             for run in spans(now.order, now.batch, x.shape[0], now.tiled)
@@ -64,7 +76,7 @@ def branched_forward(forward: Callable, terms: Mapping[int, list], now: Pass) ->
             out, strengths = y.narrow(0, start, length), now.strengths[branch]
             for term, rows in zip(terms[branch], seen[start], strict=True):
                 if isinstance(term, LowRank):
-                    if now.observers is not None:
+                    if watched and now.observers is not None:
                         now.observers[branch].see(term, x)
                     term.add(x if changed is None else None, rows, out, strengths)
                 else:
@@ -111,7 +123,7 @@ class BranchRun:
                 for name, terms in self._plan.terms.items():
                     module = find_module(model, name)
                     before.append((module, module.__dict__.get("forward")))
-                    module.forward = branched_forward(module.forward, terms, now)
+                    module.forward = branched_forward(name, module.forward, terms, now)
             yield self
         finally:
             for module, forward in reversed(before):
@@ -154,22 +166,32 @@ class BranchRun:
         now.batch = x.shape[0]
         now.tiled = type(executor.class_obj.diffusion_model).__name__ in TILED
         now.strengths = self._strengths(t, options)
-        watch = not self._observed and not torch.compiler.is_compiling()
-        now.observers = {POSITIVE: Observer(), NEGATIVE: Observer()} if watch else None
+        if not self._observed:
+            now.observers, now.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         now.on = True
         try:
             result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             now.on = False
             observers, now.observers = now.observers, None
+            called, now.called = now.called, None
             for shared in self._shared:
                 shared.let_go()
         if observers is not None:
-            self._learn(observers)
+            self._learn(observers, called)
         return result
 
-    def _learn(self, observers: Mapping[int, Observer]) -> None:
+    def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
+        """After the first pass: which layers share an input, and which were not called by the model."""
         self._observed = True
+        idle = self._plan.terms.keys() - called
+        norms = sorted(idle & self._plan.norms.keys())
+        if norms:
+            raise NormsNotRun(norms)
+        if idle and called:  # none at all: the whole model is compiled, and nothing was seen
+            logging.info(
+                "StyleLoom: the model does not use %d of the LoRA's layers here: %s", len(idle), some(sorted(idle))
+            )
         for observer in observers.values():
             self._shared.extend(observer.groups())
 

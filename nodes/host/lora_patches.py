@@ -10,6 +10,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 
+from ...weights.branches.layers import layer_of
 from ...weights.errors import StyleLoomError
 
 
@@ -36,23 +37,35 @@ def some(keys: Iterable[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _made(adapter) -> tuple[int, int] | None:
-    """(rows, columns) of the change that a patch makes, convolutions flattened; None where the kind does not fix it."""
+def _made(adapter) -> list[tuple[int, int | None]]:
+    """(rows, columns) of the change that a patch makes, convolutions flattened: the forms that it can be read in, or
+    none where the kind does not fix it. None for columns: any number."""
     if isinstance(adapter, tuple):  # ("diff", (change, …))
         change = adapter[1][0]
-        return (change.shape[0], change[0].numel()) if adapter[0] == "diff" and change.ndim else None
+        return [(change.shape[0], change[0].numel())] if adapter[0] == "diff" and change.ndim else []
     weights, kind = adapter.weights, adapter.name
     if kind == "lora" and weights[5] is None:  # up, down, alpha, mid, dora_scale, reshape
         up, down, mid = weights[0], weights[1], weights[3]
-        return (up.shape[0], down[0].numel() * (1 if mid is None else mid[0, 0].numel()))
-    if kind == "loha" and weights[5] is None:  # w1a, w1b, alpha, w2a, w2b, t1, t2, dora_scale
-        return (weights[0].shape[0], weights[1].shape[1])
-    if kind == "lokr" and weights[7] is None:  # w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora_scale
-        w1, w2, _, w1a, w1b, w2a, w2b = weights[:7]
+        return [(up.shape[0], down[0].numel() * (1 if mid is None else mid[0, 0].numel()))]
+    if kind == "loha":  # w1a, w1b, alpha, w2a, w2b, t1, t2, dora_scale
+        w1a, w1b, core = weights[0], weights[1], weights[5]
+        return [(w1a.shape[0], w1b.shape[1]) if core is None else (w1a.shape[1], w1b.shape[1] * core[0, 0].numel())]
+    if kind == "lokr":  # w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora_scale
+        w1, w2, _, w1a, w1b, w2a, w2b, core = weights[:8]
         shape1 = (w1a.shape[0], w1b.shape[1]) if w1 is None else w1.shape
-        shape2 = (w2a.shape[0], w2b[0].numel()) if w2 is None else (w2.shape[0], w2[0].numel())
-        return (shape1[0] * shape2[0], shape1[1] * shape2[1])
-    return None
+        if w2 is not None:
+            shape2 = (w2.shape[0], w2[0].numel())
+        elif core is not None:
+            shape2 = (w2a.shape[1], w2b.shape[1] * core[0, 0].numel())
+        else:
+            shape2 = (w2a.shape[0], w2b[0].numel())
+        return [(shape1[0] * shape2[0], shape1[1] * shape2[1])]
+    if kind in ("oft", "boft"):  # blocks (…, number, size, size)
+        return [(weights[0].shape[-3] * weights[0].shape[-1], None)]
+    if kind == "glora":  # a1, a2, b1, b2: the change is b1 b2, or b2 b1 in the first form
+        b1, b2 = weights[2], weights[3]
+        return [(b1.shape[0], b2[0].numel()), (b2.shape[0], b1[0].numel())]
+    return []
 
 
 def _weight(roots: Iterable, key: str):
@@ -75,14 +88,20 @@ def _check_shape(roots: Iterable, target, adapter) -> str:
     weight = _weight(roots, key)
     if weight is None:
         return f"there is no {key} to patch"  # a bias of a layer without one, for example
-    made = _made(adapter)
-    if made is None:
+    forms = _made(adapter)
+    if not forms:
         return ""
-    shape = list(weight.shape)
+    layers = [
+        layer for root in roots if (layer := layer_of(find_module(root, key.removesuffix(".weight")))) is not None
+    ]
+    # Quantised layers may store their weight in another shape than the one that they stand for.
+    shape = list(layers[0].shape if key.endswith(".weight") and layers else weight.shape)
     if part is not None:
         shape[part[0]] = part[2]
-    due = (shape[0], math.prod(shape[1:]))
-    return "" if made == due else f"{key} is {shape} and its patch makes {list(made)}"
+    rows, columns = shape[0], math.prod(shape[1:])
+    if any(form[0] == rows and form[1] in (columns, None) for form in forms):
+        return ""
+    return f"{key} is {shape} and its patch makes {[size for size in forms[0] if size is not None]}"
 
 
 # Beginnings of the keys that trainers write for text encoders.
