@@ -95,8 +95,8 @@ class ApplyLoRA(io.ComfyNode):
             display_name="Apply LoRA",
             category=CATEGORY_LORA,
             description="Patches a model with a LoRA, like ComfyUI's Load LoRA Model, but stops when any part of the "
-            "LoRA finds no place in the model instead of leaving it out. Acts on both sides of guidance; Z-Image-i2L "
-            "was published with the LoRA on the positive side only (see help).",
+            "LoRA finds no place in the model instead of leaving it out. Acts on both sides of guidance; for one side "
+            "only, as Z-Image-i2L was published, use Asymmetric CFG Sampler.",
             search_aliases=["lora model", "load lora", "patch model"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; the one given stays as it is."),

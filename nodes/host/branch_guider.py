@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.hooks
 import comfy.model_patcher
 import comfy.samplers
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...weights.branches.rows import NEGATIVE, POSITIVE
 from .branch_plan import Plan
@@ -62,6 +63,13 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
             for patcher in self.model_options.get("multigpu_clones", {}).values()
             if patcher.model is not self.inner_model
         ]
-        branch_of = {cond["uuid"]: _BRANCHES[name] for name in self.conds for cond in self.conds[name]}
-        with BranchRun(self._plan, branch_of).active(models, self.model_options):
+        run = BranchRun(self._plan)
+
+        def told(executor, guider, *inner):
+            # The host has by now copied areas from one side to the other, their ids with them.
+            run.know({_BRANCHES[name]: conds for name, conds in self.conds.items()})
+            return executor(guider, *inner)
+
+        add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, told, self.model_options, is_model_options=True)
+        with run.active(models, self.model_options):
             return super().inner_sample(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 
 import torch
@@ -91,15 +92,23 @@ class BranchRun:
 
     Args:
         plan: From `make_plan`.
-        branch_of: The conditioning's uuid → its branch.
     """
 
-    def __init__(self, plan: Plan, branch_of: Mapping[object, int]):
-        self._plan, self._branch_of = plan, dict(branch_of)
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._branch_of: dict[object, int] = {}
         self._passes: dict[int, Pass] = {}
         self._shared: list[SharedInput] = []
         self._apart = False
         self._observed = False
+
+    def know(self, conds: Mapping[int, list[dict]]) -> None:
+        """Learn the ids of both sides' conditionings; one that both sides have gets a new one on the second."""
+        for branch, side in conds.items():
+            for cond in side:
+                if self._branch_of.get(cond["uuid"], branch) != branch:
+                    cond["uuid"] = uuid.uuid4()
+                self._branch_of[cond["uuid"]] = branch
 
     @contextlib.contextmanager
     def active(self, models: list, model_options: dict):
@@ -201,8 +210,8 @@ class BranchRun:
         places = options.get("cond_or_uncond") or [POSITIVE]
         ids = options.get("uuids") or [None] * len(places)
         return tuple(
-            self._branch_of.get(uuid, POSITIVE if place == 0 else NEGATIVE)
-            for place, uuid in zip(places, ids, strict=True)
+            self._branch_of.get(own, POSITIVE if place == 0 else NEGATIVE)
+            for place, own in zip(places, ids, strict=True)
         )
 
     def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:

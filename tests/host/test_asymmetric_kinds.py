@@ -59,7 +59,11 @@ def distance(a, b):
 
 @pytest.fixture(scope="module")
 def compare(run_node, kit, parts, sample):
-    """(ours against the truth, ours against the model without the LoRA, report), the LoRA on the positive side."""
+    """(ours against the truth, ours against the model without the LoRA, report), the LoRA on the positive side.
+
+    The truth's two models share nothing with the one under test; the host patches and unpatches the first each time.
+    """
+    others, plains = {}, {}
 
     def run(name, lora, strength=1.0, entries=None, merged=None):
         model, positive, negative = parts(name)
@@ -72,13 +76,14 @@ def compare(run_node, kit, parts, sample):
             **common,
         )
         ours = sample(name, guider)
-        patched = kit.architectures.make(name, 1)[0]
+        if name not in others:
+            others[name] = kit.architectures.make(name, 1)[0], kit.architectures.make(name, 1)[0]
+            plains[name] = sample(name, run_node("CFGGuider", model=others[name][1], **common)[0])
+        patched, bare = others[name]
         for one, much in merged or [(lora, strength)]:
             patched = run_node("StyleLoomApplyLoRA", model=patched, lora=one, strength=much)[0]
-        bare = kit.architectures.make(name, 1)[0]
         truth = sample(name, run_node("DualModelGuider", model=patched, model_negative=bare, **common)[0])
-        plain = sample(name, run_node("CFGGuider", model=model, **common)[0])
-        return distance(ours, truth), distance(truth, plain), report
+        return distance(ours, truth), distance(truth, plains[name]), report
 
     return run
 

@@ -37,7 +37,7 @@ class LowRank(Term):
         downs = [pair.down.reshape(pair.down.shape[0], -1) for pair in pairs]
         common = downs[0].dtype if len({down.dtype for down in downs}) == 1 else torch.float32
         self.down = stored(downs[0] if len(downs) == 1 else torch.cat([down.to(common) for down in downs]), dtype)
-        self.ups = torch.nn.ParameterList(stored(pair.up.reshape(pair.up.shape[0], -1), dtype) for pair in pairs)
+        self.keep("up", (pair.up.reshape(pair.up.shape[0], -1) for pair in pairs), dtype)
         self.scales = tuple(pair.scale for pair in pairs)
         self.sources = tuple(pair.source for pair in pairs)
         self.parts = tuple(pair.outputs for pair in pairs)
@@ -60,7 +60,7 @@ class LowRank(Term):
         flat = y.view(-1, y.shape[-1]) if y.is_contiguous() else y
         start = 0
         for up, rank, scale, source, part in zip(
-            self.ups, self.ranks, self.scales, self.sources, self.parts, strict=True
+            self.kept("up"), self.ranks, self.scales, self.sources, self.parts, strict=True
         ):
             strength = strengths[source] * scale
             if strength != 0:
@@ -116,8 +116,7 @@ class SharedInput:
         self.let_go()
         for member in self._members:
             member.shared = None
-            member.down.data = member.down.data.clone()
-        self._stacked = None
+        self._stacked = None  # the memory stays, as the members' own
 
 
 class Observer:

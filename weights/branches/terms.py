@@ -10,7 +10,7 @@ place. `strengths` holds one number for each LoRA of the branch; 0 does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,18 @@ class Term(torch.nn.Module):
     def __init__(self, layer: Layer, source: int, outputs: Part = None, inputs: Part = None):
         super().__init__()
         self.layer, self.source, self.outputs, self.inputs = layer, source, outputs, inputs
+        self._counts: dict[str, int] = {}
+
+    def keep(self, name: str, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> None:
+        """Hold several tensors as weights of this module itself: the host loads modules without children piece by
+        piece, others only whole."""
+        self._counts[name] = 0
+        for number, tensor in enumerate(tensors):
+            self.register_parameter(f"{name}{number}", stored(tensor, dtype))
+            self._counts[name] += 1
+
+    def kept(self, name: str) -> list[torch.Tensor]:
+        return [getattr(self, f"{name}{number}") for number in range(self._counts[name])]
 
     def enter(self, x: torch.Tensor, strengths: tuple[float, ...]) -> torch.Tensor:
         """The input as the layer, and every term before this one, shall see it."""
@@ -102,10 +114,10 @@ class Difference(Term):
         super().__init__(layer, source, outputs, inputs)
         self.make = change if callable(change) else None
         self.change = None if callable(change) else stored(change.reshape(layer.shape), dtype)
-        self.holds = torch.nn.ParameterList(stored(tensor) for tensor in holds)
+        self.keep("held", holds)
 
     def _add(self, x, y, strength, base):
-        change = weights_like(self.change, x) if self.make is None else self.make(list(self.holds), x)
+        change = weights_like(self.change, x) if self.make is None else self.make(self.kept("held"), x)
         y.add_(self.layer.apply(x, change), alpha=strength)
 
 
@@ -132,12 +144,12 @@ class Kronecker(Term):
 
     def __init__(self, layer, source, first: tuple, second: tuple, scale: float, outputs=None, inputs=None, dtype=None):
         super().__init__(layer, source, outputs, inputs)
-        self.first = torch.nn.ParameterList(stored(tensor, dtype) for tensor in first)
-        self.second = torch.nn.ParameterList(stored(tensor.reshape(tensor.shape[0], -1), dtype) for tensor in second)
+        self.keep("first", first, dtype)
+        self.keep("second", (tensor.reshape(tensor.shape[0], -1) for tensor in second), dtype)
         self.scale = scale
 
     def _add(self, x, y, strength, base):
-        w1, w2 = (_product([weights_like(factor, x) for factor in pair]) for pair in (self.first, self.second))
+        w1, w2 = (_product([weights_like(w, x) for w in self.kept(name)]) for name in ("first", "second"))
         grid = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         made = torch.matmul(w1, F.linear(grid, w2))
         y.add_(made.flatten(-2), alpha=strength * self.scale)
@@ -178,13 +190,13 @@ class Turn(Term):
     def __init__(self, layer, source, make: Callable, outputs=None, holds=()):
         super().__init__(layer, source, outputs)
         self.make = make
-        self.holds = torch.nn.ParameterList(stored(tensor) for tensor in holds)
+        self.keep("held", holds)
 
     def leave(self, x, y, strengths, base):
         strength = strengths[self.source]
         if strength == 0:
             return
-        turn, turned = self.make(list(self.holds), strength, y), self._made(y)
+        turn, turned = self.make(self.kept("held"), strength, y), self._made(y)
         free = turned
         if self.layer.bias:
             shape = x.shape[-1:] if self.layer.kind == "linear" else x.shape[1:]

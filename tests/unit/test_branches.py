@@ -1,0 +1,267 @@
+"""Row-wise adapters against merged weights in float64, with no host at all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from styleloom.weights.branches.layers import layer_of
+from styleloom.weights.branches.low_rank import LowRank, Observer, Pair
+from styleloom.weights.branches.rows import NEGATIVE, POSITIVE, UnknownRows, spans
+from styleloom.weights.branches.terms import (
+    BiasDifference,
+    ConvLowRank,
+    Difference,
+    InputAndOutput,
+    Kronecker,
+    Turn,
+)
+
+D = torch.float64
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape)), dtype=D)
+
+
+def through(module, term, x, strength=0.7):
+    """The layer with one term on all rows."""
+    strengths = (strength,)
+    y = module(term.enter(x, strengths))
+    term.leave(x, y, strengths, module)
+    return y
+
+
+def merged(module, x, weight, bias=None):
+    other = type(module)(*_arguments(module)).to(D)
+    other.weight.data, other.bias.data = weight, module.bias.data if bias is None else bias
+    return other(x)
+
+
+def _arguments(module):
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    return (
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+    )
+
+
+def linear(inside=12, outside=8):
+    return torch.nn.Linear(inside, outside).to(D)
+
+
+CONVS = {
+    "pointwise": lambda: torch.nn.Conv2d(6, 8, 1),
+    "kernel": lambda: torch.nn.Conv2d(6, 8, 3, padding=1),
+    "stride": lambda: torch.nn.Conv2d(6, 8, 3, stride=2, padding=1),
+    "dilation": lambda: torch.nn.Conv2d(6, 8, (3, 1), dilation=2),
+    "1d": lambda: torch.nn.Conv1d(6, 8, 3, padding=1),
+    "3d": lambda: torch.nn.Conv3d(6, 8, (1, 3, 3), padding=(0, 1, 1)),
+}
+
+
+def picture(module, rows=2):
+    return normal(rows, module.in_channels, *(6 for _ in module.kernel_size))
+
+
+@given(
+    order=st.lists(st.sampled_from([POSITIVE, NEGATIVE]), min_size=1, max_size=6).map(tuple),
+    per=st.integers(1, 3),
+    tiled=st.booleans(),
+)
+def test_spans_name_each_row_once_and_in_order(order, per, tiled):
+    batch = per * len(order)
+    for rows in (batch, 2 * batch):
+        if rows != batch and not tiled and len(set(order)) > 1:
+            with pytest.raises(UnknownRows):
+                spans(order, batch, rows, tiled)
+            continue
+        found = [branch for branch, start, length in spans(order, batch, rows, tiled) for _ in range(length)]
+        each = [branch for branch in order for _ in range(per)] * (rows // batch)
+        assert found == each
+        starts = [start for _, start, _ in spans(order, batch, rows, tiled)]
+        assert starts == sorted(starts)
+
+
+def test_one_branch_alone_needs_no_arrangement():
+    assert spans((NEGATIVE, NEGATIVE), 2, 77) == ((NEGATIVE, 0, 77),)
+    with pytest.raises(UnknownRows, match="77 rows for a batch of 2"):
+        spans((POSITIVE, NEGATIVE), 2, 77)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    strengths=st.lists(st.sampled_from([0.0, 1.0, -0.4, 2.0]), min_size=4, max_size=4),
+    cut=st.integers(1, 7),
+    shape=st.sampled_from([(2, 12), (2, 5, 12), (1, 2, 3, 12)]),
+)
+def test_stacked_pairs_on_parts_of_the_output(ranks, strengths, cut, shape):
+    module, x = linear(), normal(*shape)
+    parts = [None, (0, cut), (cut, 8 - cut), None]
+    pairs, weight = [], module.weight.data.clone()
+    for i, rank in enumerate(ranks):
+        rows = 8 if parts[i] is None else parts[i][1]
+        down, up = normal(rank, 12, seed=i), normal(rows, rank, seed=i)
+        pairs.append(Pair(down, up, 0.5, i, parts[i]))
+        start = 0 if parts[i] is None else parts[i][0]
+        weight[start : start + rows] += strengths[i] * 0.5 * up @ down
+    y = module(x)
+    LowRank(layer_of(module), pairs).leave(x, y, tuple(strengths), module)
+    torch.testing.assert_close(y, merged(module, x, weight))
+
+
+def test_a_part_of_the_input():
+    module, x = linear(), normal(2, 3, 12)
+    down, up = normal(3, 5), normal(8, 3)
+    weight = module.weight.data.clone()
+    weight[:, 4:9] += 0.7 * 2 * up @ down
+    term = LowRank(layer_of(module), [Pair(down, up, 2.0, 0, None, (4, 5))])
+    torch.testing.assert_close(through(module, term, x), merged(module, x, weight))
+
+
+def test_an_output_that_is_no_block_of_memory():
+    """Some layers return a view; the addition finds its place all the same."""
+    module, x = linear(), normal(2, 5, 12)
+    down, up = normal(3, 12), normal(4, 3)
+    term = LowRank(layer_of(module), [Pair(down, up, 1.0, 0, (2, 4))])
+    y = module(x).transpose(0, 1).contiguous().transpose(0, 1)
+    assert not y.is_contiguous()
+    term.leave(x, y, (1.0,), module)
+    expected = module(x)
+    expected[..., 2:6] += x @ down.T @ up.T
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("core", [False, True])
+def test_low_rank_on_convolutions(conv, core):
+    module = CONVS[conv]().to(D)
+    kernel, x = module.kernel_size, picture(module)
+    ones = tuple(1 for _ in kernel)
+    if core:
+        down, mid, up = normal(3, 6, *ones), normal(3, 3, *kernel), normal(8, 3, *ones)
+        change = torch.einsum("oa,ab...,bi->oi...", up.flatten(1), mid, down.flatten(1))
+    else:
+        down, mid, up = normal(3, 6, *kernel), None, normal(8, 3, *ones)
+        change = torch.einsum("oa,ai...->oi...", up.flatten(1), down)
+    term = ConvLowRank(layer_of(module), 0, down, up, mid, 0.5)
+    torch.testing.assert_close(through(module, term, x), merged(module, x, module.weight.data + 0.35 * change))
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_dense_bias_glora_and_turn_on_convolutions(conv):
+    module = CONVS[conv]().to(D)
+    layer, x, weight = layer_of(module), picture(module), module.weight.data
+    change = normal(*weight.shape)
+    torch.testing.assert_close(
+        through(module, Difference(layer, 0, change), x), merged(module, x, weight + 0.7 * change)
+    )
+    bias = normal(8)
+    torch.testing.assert_close(
+        through(module, BiasDifference(layer, 0, bias), x), merged(module, x, weight, module.bias.data + 0.7 * bias)
+    )
+    a_down, a_up, b_down, b_up = normal(2, 6), normal(6, 2), normal(2, *weight.shape[1:]), normal(8, 2)
+    through_a = torch.einsum("oi...,ij->oj...", weight, a_up @ a_down)
+    expected = weight + 0.7 * 0.5 * (through_a + torch.einsum("or,ri...->oi...", b_up, b_down))
+    torch.testing.assert_close(
+        through(module, InputAndOutput(layer, 0, a_down, a_up, b_down, b_up, 0.5), x), merged(module, x, expected)
+    )
+    turn = normal(8, 8)
+    expected = weight + 0.7 * torch.einsum("op,pi...->oi...", turn, weight)
+    term = Turn(layer, 0, lambda held, strength, like: strength * held[0], holds=[turn])
+    torch.testing.assert_close(through(module, term, x), merged(module, x, expected))
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_kronecker(factored):
+    module, x = linear(), normal(2, 3, 12)
+    first, second = (
+        ((normal(2, 3), normal(3, 4)), (normal(4, 2), normal(2, 3))) if factored else ((normal(2, 4),), (normal(4, 3),))
+    )
+    w1, w2 = (pair[0] if len(pair) == 1 else pair[0] @ pair[1] for pair in (first, second))
+    term = Kronecker(layer_of(module), 0, first, second, 0.5)
+    torch.testing.assert_close(
+        through(module, term, x), merged(module, x, module.weight.data + 0.35 * torch.kron(w1, w2))
+    )
+
+
+@pytest.mark.parametrize(
+    "norm", [torch.nn.LayerNorm(6), torch.nn.RMSNorm(6), torch.nn.GroupNorm(2, 6)], ids=["layer", "rms", "group"]
+)
+def test_norms(norm):
+    norm = norm.to(D)
+    x = normal(2, 6, 5) if isinstance(norm, torch.nn.GroupNorm) else normal(2, 5, 6)
+    layer, change = layer_of(norm), normal(6)
+    found = through(norm, Difference(layer, 0, change), x)
+    norm.weight.data += 0.7 * change
+    torch.testing.assert_close(found, norm(x))
+
+
+def test_layers_that_share_an_input_share_a_product(monkeypatch):
+    """What three layers get as one object is multiplied once, from the second pass on; with the same result."""
+    modules = [linear() for _ in range(3)]
+    terms = [
+        LowRank(layer_of(m), [Pair(normal(2, 12, seed=i), normal(8, 2, seed=i), 1.0, 0)]) for i, m in enumerate(modules)
+    ]
+    x = normal(4, 5, 12)
+
+    def run(terms, x):
+        made = []
+        for module, term in zip(modules, terms, strict=True):
+            y = module(x)
+            term.add(x, x[1:3], y[1:3], (1.0,))
+            made.append(y)
+        return made
+
+    observer, expected = Observer(), run(terms, x)
+    for term in terms:
+        observer.see(term, x)
+    (shared,) = observer.groups()
+    products = []
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a, **k: (products.append(a[1].shape), original(*a, **k))[1])
+    found = run(terms, x)
+    assert products.count(torch.Size([6, 12])) == 1 and torch.Size([2, 12]) not in products
+    monkeypatch.undo()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(
+        run(terms, 2 * x)[2][1:3], modules[2](2 * x)[1:3] + 2 * x[1:3] @ terms[2].down.T @ terms[2].up0.T
+    )
+    shared.undo()
+    for one, other in zip(run(terms, x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(term.shared is None for term in terms)
+
+
+def test_layers_of_unlike_inputs_and_layers_called_twice_share_nothing():
+    modules = [linear() for _ in range(2)]
+    a, b = (LowRank(layer_of(m), [Pair(normal(2, 12), normal(8, 2), 1.0, 0)]) for m in modules)
+    x = normal(1, 12)
+    apart, twice = Observer(), Observer()
+    apart.see(a, x)
+    apart.see(b, x.clone())
+    assert apart.groups() == []
+    for term in (a, b, a):
+        twice.see(term, x)
+    assert twice.groups() == []
+
+
+def test_a_layer_says_what_it_is():
+    assert layer_of(torch.nn.Embedding(3, 4)) is None
+    assert layer_of(torch.nn.Conv2d(2, 2, 3, padding_mode="circular")) is None
+    assert layer_of(torch.nn.ConvTranspose2d(2, 2, 3)) is None
+    grouped = layer_of(torch.nn.Conv2d(4, 6, 3, groups=2, bias=False))
+    assert (grouped.shape, grouped.groups, grouped.bias) == ((6, 2, 3, 3), 2, False)
+    assert dataclasses.replace(layer_of(linear()), shape=(4, 12)).shape == (4, 12)
