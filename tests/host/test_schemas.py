@@ -25,6 +25,7 @@ HELP = ROOT / "web" / "docs"
 # The public API. Once released, an entry is never changed; nodes and advanced inputs may be added.
 # id: (display name, inputs in order (name, type, required), outputs (name, type))
 REQUIRED, OPTIONAL = True, False
+LORAS = "LORA_MODEL,STYLELOOM_LORA_STACK"
 API = {
     "StyleLoomLoadPredictor": (
         "Load i2L Predictor",
@@ -77,6 +78,27 @@ API = {
         "Apply LoRA",
         [("model", "MODEL", REQUIRED), ("lora", "LORA_MODEL", REQUIRED), ("strength", "FLOAT", REQUIRED)],
         [("model", "MODEL"), ("clip", "CLIP"), ("report", "STRING")],
+    ),
+    "StyleLoomLoRAStack": (
+        "LoRA Stack",
+        [("lora", "LORA_MODEL", REQUIRED), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL)],
+        [("stack", "STYLELOOM_LORA_STACK")],
+    ),
+    "StyleLoomAsymmetricCFGGuider": (
+        "Asymmetric CFG Guider",
+        [("model", "MODEL", REQUIRED), ("positive", "CONDITIONING", REQUIRED), ("negative", "CONDITIONING", OPTIONAL),
+         ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL), ("cfg", "FLOAT", REQUIRED),
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
+        [("guider", "GUIDER"), ("report", "STRING")],
+    ),
+    "StyleLoomAsymmetricCFGSampler": (
+        "Asymmetric CFG Sampler",
+        [("model", "MODEL", REQUIRED), ("positive", "CONDITIONING", REQUIRED), ("negative", "CONDITIONING", OPTIONAL),
+         ("latent_image", "LATENT", REQUIRED), ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL),
+         ("seed", "INT", REQUIRED), ("steps", "INT", REQUIRED), ("cfg", "FLOAT", REQUIRED),
+         ("sampler_name", "COMBO", REQUIRED), ("scheduler", "COMBO", REQUIRED), ("denoise", "FLOAT", REQUIRED),
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
+        [("latent", "LATENT"), ("report", "STRING")],
     ),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .lora_files import write_kohya_lora
 from .seeded import save_whole
 
 
@@ -29,3 +30,12 @@ def kohya_layers(patcher, contains: str = "attn") -> dict[str, tuple[int, int]]:
             if len(shape) == 2:
                 layers.setdefault(key, (name, (shape[1], shape[0])))
     return dict(layers.values())
+
+
+def write_sdxl_lora(path: str | os.PathLike, rank: int = 8, seed: int = 0, relative: float = 0.3,
+                    recipe: str = "") -> Path:
+    """Writes a LoRA on every attention of `diffusion.sdxl_small`, in kohya's naming, as SDXL's style LoRAs are."""
+    from . import diffusion
+
+    return write_kohya_lora(path, kohya_layers(diffusion.sdxl_small()), rank=rank, seed=seed, relative=relative,
+                            recipe=recipe)
