@@ -58,11 +58,8 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
             return super().sample(*args, **kwargs)
 
     def inner_sample(self, *args, **kwargs):
-        models = [self.inner_model] + [
-            patcher.model
-            for patcher in self.model_options.get("multigpu_clones", {}).values()
-            if patcher.model is not self.inner_model
-        ]
+        others = self.model_options.get("multigpu_clones", {}).values()
+        patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
         run = BranchRun(self._plan)
 
         def told(executor, guider, *inner):
@@ -71,5 +68,5 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
             return executor(guider, *inner)
 
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, told, self.model_options, is_model_options=True)
-        with run.active(models, self.model_options):
+        with run.active(patchers, self.model_options):
             return super().inner_sample(*args, **kwargs)

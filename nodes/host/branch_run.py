@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping
 
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
 from ...weights.branches.low_rank import LowRank, Observer, SharedInput
 from ...weights.branches.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
@@ -111,39 +111,64 @@ class BranchRun:
                 self._branch_of[cond["uuid"]] = branch
 
     @contextlib.contextmanager
-    def active(self, models: list, model_options: dict):
+    def active(self, patchers: list, model_options: dict):
         """While open: the models' layers know the plan's terms, and `model_options` the two wrappers that say when.
 
         Args:
-            models: The host's BaseModel of each device in use.
+            patchers: The host's ModelPatcher of each device in use, loaded.
             model_options: Of this run alone; the wrappers stay in it.
         """
         for schedule in (schedule for made in self._plan.schedules.values() for schedule in made):
             schedule.reset()
-            schedule.initialize_timesteps(models[0])
+            schedule.initialize_timesteps(patchers[0].model)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply_model, model_options, is_model_options=True)
         add_wrapper_with_key(
             WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True
         )
-        before = []
-        try:
-            for model in models:
-                now = self._passes[id(model)] = Pass()
-                for name, terms in self._plan.terms.items():
-                    module = find_module(model, name)
-                    before.append((module, module.__dict__.get("forward")))
-                    module.forward = branched_forward(name, module.forward, terms, now)
-            yield self
-        finally:
-            for module, forward in reversed(before):
-                if forward is None:
+        with contextlib.ExitStack() as stack:
+            for patcher in patchers:
+                stack.enter_context(self._injected(patcher))
+            try:
+                yield self
+            finally:
+                for shared in self._shared:
+                    shared.undo()
+                self._shared.clear()
+                self._passes.clear()
+
+    @contextlib.contextmanager
+    def _injected(self, patcher):
+        """As one of the host's injections, which it takes out and puts back when hooks change weights in between."""
+        now = self._passes[id(patcher.model)] = Pass()
+        ours: dict[str, tuple[torch.nn.Module, Callable, Callable | None]] = {}
+
+        def inject(_=None):
+            for name, terms in self._plan.terms.items():
+                module = find_module(patcher.model, name)
+                before, made = module.__dict__.get("forward"), branched_forward(name, module.forward, terms, now)
+                ours[name] = (module, made, before)
+                module.forward = made
+
+        def eject(_=None):
+            for module, made, before in ours.values():
+                if module.__dict__.get("forward") is not made:
+                    continue  # an injection below this one was taken out first, and this one with it
+                if before is None:
                     del module.forward
                 else:
-                    module.forward = forward
-            for shared in self._shared:
-                shared.undo()
-            self._shared.clear()
-            self._passes.clear()
+                    module.forward = before
+            ours.clear()
+
+        patcher.set_injections(KEY, [PatcherInjection(inject, eject)])
+        others = patcher.is_injected
+        try:
+            inject()
+            patcher.is_injected = True
+            yield
+        finally:
+            eject()
+            patcher.remove_injections(KEY)
+            patcher.is_injected = others
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""

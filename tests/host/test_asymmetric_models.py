@@ -207,6 +207,20 @@ def test_a_model_that_the_host_quantised(rig):
     assert distance(rig.sample(rig.guider(model)), rig.truth(rig.merged(same[0]), same[1])) < 1e-4
 
 
+def test_a_bypass_lora_and_weight_hooks_at_once(small):
+    """The host takes its injections out and puts them back whenever hooks change weights: ours among them."""
+    own = small.kit.adapters.make(small.fresh(), "lora", contains="double", seed=9, size=0.1)
+    lora = small.kit.adapters.make(small.fresh(), "lora", contains="double", seed=1) | small.kit.adapters.make(
+        small.fresh(), "dora", contains="single", seed=2
+    )
+    truth = small.truth(small.merged(small.merged(small.fresh(), own), lora), small.merged(small.fresh(), own))
+    model = small.run("LoraModelLoader", model=small.fresh(), lora=own, strength_model=1.0, bypass=True)[0]
+    layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    assert distance(small.sample(small.guider(model, positive_lora=lora)), truth) < 1e-4
+    left = layer.forward  # the bypass LoRA's, as long as the model is loaded; nothing of ours above it or below
+    assert "branch" not in left.__module__ and "branch" not in left.__self__.original_forward.__module__
+
+
 def test_memory_for_the_adapters_is_the_hosts_business(rig, monkeypatch):
     import comfy.model_management
 
