@@ -1,4 +1,4 @@
-"""The demo, run by a click, in both of the frontend's renderers."""
+"""The demos, run by a click; the first one in both of the frontend's renderers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from PIL import Image
 from workflow_files import api_of, text_of
 
 
-@pytest.mark.parametrize("renderer", ["canvas", "vue"])
-def test_the_demo_runs_at_a_click_and_shows_its_pictures(server, client, open_frontend, renderer):
-    name = "demo_image_to_lora"
+@pytest.mark.parametrize(("name", "renderer"), [
+    ("demo_image_to_lora", "canvas"), ("demo_image_to_lora", "vue"), ("demo_asymmetric_z_image", "canvas"),
+    ("demo_asymmetric_sdxl", "canvas"), ("demo_asymmetric_compare", "vue")])
+def test_a_demo_runs_at_a_click_and_shows_its_pictures(server, client, open_frontend, name, renderer):
     before = set(client.get("/history"))
     saves = {node for node, entry in api_of(name).items() if entry["class_type"] == "SaveImage"}
     with open_frontend(**{"Comfy.VueNodes.Enabled": renderer == "vue"}) as front:

@@ -1,9 +1,10 @@
-"""The demo workflow in API form, queued in a real server: what runs, what is remembered, what a stop leaves behind."""
+"""The demo workflows in API form, queued in a real server: what runs, what is remembered, what a stop leaves behind."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
 import time
 from pathlib import Path
@@ -12,7 +13,13 @@ import psutil
 import pytest
 
 API = Path(__file__).resolve().parents[2] / "workflows" / "api"
-DEMO = json.loads((API / "demo_image_to_lora.json").read_text("utf-8"))
+
+
+def api_of(stem: str) -> dict:
+    return json.loads((API / f"{stem}.json").read_text("utf-8"))
+
+
+DEMO = api_of("demo_image_to_lora")
 
 # The titles of the demo's nodes that do not see its reference pictures, and of the pictures themselves.
 APART = {"Load i2L Image Encoders", "Load i2L Predictor", "Kit: Small Model", "EmptySD3LatentImage", "Prompt",
@@ -121,6 +128,99 @@ def test_a_stop_while_sampling_leaves_nothing_behind(server, client):
     assert time.monotonic() - started < 60
     grown = process.memory_info().rss - before
     assert grown < 32 * 2**20, f"{grown / 2**20:.0f} MiB more than before the interrupts"
+
+
+def said(client, prompt: dict, *outputs: str) -> list[str]:
+    """Queues, waits, and returns what these text previews show. Runs what they need, and with it nothing else."""
+    prompt = part(prompt, *outputs)
+    prompt_id = client.queue(prompt)
+    end = client.follow(prompt_id, timeout=300)[-1]
+    assert end["type"] == "execution_success", end
+    shown = client.history(prompt_id)["outputs"]
+    return [shown[find(prompt, title)]["text"][0] for title in outputs]
+
+
+def moved(text: str) -> float:
+    """The percentage that Kit: How Much It Moved names; 0 where the pictures are equal."""
+    found = re.match(r"Moved by ([\d.]+) % ", text)
+    assert found or text.startswith("The two pictures are equal"), text
+    return float(found[1]) if found else 0.0
+
+
+def quick(stem: str, steps: int = 4) -> dict:
+    """A demo with few steps in each sampler."""
+    prompt = api_of(stem)
+    for entry in prompt.values():
+        if "steps" in entry["inputs"]:
+            entry["inputs"]["steps"] = steps
+    return prompt
+
+
+MOVED, SIDES = "Preview as Text: how much it moved", "Preview as Text: the LoRAs of both sides"
+SAMPLER = "Asymmetric CFG Sampler"
+DEMOS = sorted(path.stem for path in API.glob("demo_*.json"))
+
+
+@pytest.mark.parametrize("stem", [stem for stem in DEMOS if api_of(stem) != DEMO])
+def test_each_demo_saves_its_pictures_and_says_how_far_they_moved(server, client, stem):
+    prompt = api_of(stem)
+    prompt_id = client.queue(prompt)
+    end = client.follow(prompt_id, timeout=300)[-1]
+    assert end["type"] == "execution_success", end
+    outputs = client.history(prompt_id)["outputs"]
+    saves = [node for node, entry in prompt.items() if entry["class_type"] == "SaveImage"]
+    assert saves
+    for node in saves:
+        (image,) = outputs[node]["images"]
+        png = client.view(image["filename"], image["subfolder"], image["type"])
+        assert png.startswith(b"\x89PNG") and struct.unpack("!II", png[16:24]) > (500, 200)
+        assert (server.base / "output" / image["subfolder"] / image["filename"]).read_bytes() == png
+    (text,) = outputs[find(prompt, MOVED)]["text"]
+    assert moved(text) > 5, text
+    assert run(client, prompt)[:2] == (set(), titles(prompt, prompt))
+
+
+def test_the_gray_lora_acts_on_the_negative_side(client):
+    """Without both LoRAs the picture is that of a KSampler; each of them changes it, and no patch is left out."""
+    demo = quick("demo_asymmetric_z_image")
+    text, sides = said(client, demo, MOVED, SIDES)
+    positive, negative = sides.splitlines()
+    for line, side in ((positive, "positive"), (negative, "negative")):
+        assert line.startswith(f"{side} LoRA: 238 patches at strength 1") and line.endswith("in one pass: 238 LoRA"), line
+    shares = {}
+    for strengths in ((0, 0), (1, 0), (0, 1)):
+        named = dict(zip(("positive_strength", "negative_strength"), strengths))
+        shares[strengths] = moved(*said(client, changed(demo, SAMPLER, **named), MOVED))
+    assert shares[0, 0] < 0.1, "plain CFG: KSampler's picture"
+    assert min(shares[1, 0], shares[0, 1], moved(text)) > 5
+    assert len({*shares.values(), moved(text)}) == 4, "each side has its own part in the picture"
+
+
+def test_the_style_lora_acts_on_the_positive_side_only(client):
+    demo = quick("demo_asymmetric_sdxl")
+    text, sides = said(client, demo, MOVED, SIDES)
+    assert sides.splitlines() == ["positive LoRA: 560 patches at strength 1; in one pass: 560 LoRA",
+                                  "negative: the model as it is"]
+    assert moved(text) > 5
+    assert moved(*said(client, changed(demo, SAMPLER, positive_strength=0), MOVED)) < 0.1
+
+
+def test_symmetric_and_asymmetric_differ_and_meet_at_cfg_1(client):
+    """With cfg 1 the positive side is the whole picture: merged into the model or not, it has the LoRA."""
+    demo = quick("demo_asymmetric_compare")
+    assert moved(*said(client, demo, MOVED)) > 5
+    alone = changed(changed(demo, "KSampler: symmetric", cfg=1.0), SAMPLER, cfg=1.0)
+    assert moved(*said(client, alone, MOVED)) < 0.1
+
+
+def test_a_lora_for_another_model_is_refused_in_words(client):
+    prompt = part(api_of("demo_asymmetric_sdxl"), SIDES)
+    prompt = changed(prompt, "Load LoRA File", lora_name="kit/qwen_image_i2l_bias.safetensors")
+    end = run(client, prompt)[2]
+    assert end["type"] == "execution_error" and end["data"]["node_id"] == find(prompt, SAMPLER)
+    found, expected, fix = end["data"]["exception_message"].strip().split("\n")
+    assert found.startswith("1440 of the positive LoRA's 1440 keys find no place in this SDXL model: transformer_blocks")
+    assert expected == "Expected: a LoRA for SDXL" and fix.startswith("What to do: ")
 
 
 def test_a_stop_while_encoding_keeps_what_was_encoded(client):
