@@ -1,4 +1,4 @@
-"""The truth about asymmetric guidance: each side of it on a model of its own, merged by the host, one pass after the other.
+"""The truth about asymmetric guidance: each side on a model of its own, merged by the host, one pass after the other.
 
 Two oracles. `truth` is core's Dual Model CFG Guider on two separate models. `routed` is core's CFG Guider on one model
 that hands every negative conditioning to a second model: it also holds where the Dual Model CFG Guider does something
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -26,6 +27,18 @@ STEPS, CFG = 2, 3.5
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative, in the norm of the tensor."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def recorded(model) -> tuple:
+    """(a clone that notes each call of the model, the notes: one `cond_or_uncond` and the number of rows per call)."""
+    model, calls = model.clone(), []
+
+    def note(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        calls.append((tuple(transformer_options["cond_or_uncond"]), x.shape[0]))
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "note", note)
+    return model, calls
 
 
 class Bench:
@@ -129,13 +142,12 @@ class Bench:
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "route", route)
         guider.set_conds(positive or self.positive, negative or self.negative)
         guider.set_cfg(cfg)
-        other.patch_model(device_to=other.load_device)
+        comfy.model_management.load_models_gpu([other])  # also takes back what a clone of it had patched
         other.pre_run()
         try:
             return self.through(guider, latent, **(sampling or {}))
         finally:
             other.cleanup()
-            other.unpatch_model(device_to=other.offload_device)
 
 
 def benches(run_node, kit) -> Callable[[str], Bench]:
