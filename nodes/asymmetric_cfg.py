@@ -257,8 +257,8 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
             node_id="StyleLoomAsymmetricCFGSampler",
             display_name="Asymmetric CFG Sampler",
             category=CATEGORY_GUIDANCE,
-            description="A KSampler with one LoRA on the positive side of guidance and another, or none, on the negative "
-            "side, both computed in one pass: as Image-to-LoRA was published.",
+            description="A KSampler with one LoRA on the positive side of guidance and another, or none, on the "
+            "negative side, both computed in one pass: as Image-to-LoRA was published.",
             search_aliases=["ksampler", "cfg", "lora guidance", "i2l", "negative lora", "gray lora"],
             inputs=[
                 *sockets[:3],
