@@ -38,14 +38,36 @@ class Pass:
         self.strengths: dict[int, tuple[float, ...]] = {}
         self.observers: dict[int, Observer] | None = None
         self.called: set[str] | None = None
+        self.found: dict[int, tuple] = {}
+
+    def runs(self, rows: int) -> tuple:
+        """Runs of rows of the branches that act in this pass, worked out once for each number of rows."""
+        found = self.found.get(rows)
+        if found is None:
+            found = self.found[rows] = tuple(
+                run for run in spans(self.order, self.batch, rows, self.tiled) if any(self.strengths[run[0]])
+            )
+        return found
 
 
 def branched_forward(name: str, forward: Callable, terms: Mapping[int, list], now: Pass) -> Callable:
     """A layer's forward that also applies each branch's terms to the rows of that branch."""
 
+    only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRank)}
+    simple = len(only) == len(terms)
+
     def run(x, *args, **kwargs):
         if not now.on:
             return forward(x, *args, **kwargs)
+        # Nearly every layer, in every pass but the first.
+        if simple and now.called is None and not torch.compiler.is_compiling():
+            runs = now.runs(x.shape[0])
+            y = forward(x, *args, **kwargs)
+            for branch, start, length in runs:
+                term = only.get(branch)
+                if term is not None:
+                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), now.strengths[branch])
+            return y
         watched = now.called is not None and not torch.compiler.is_compiling()
         if watched:
             now.called.add(name)
@@ -196,6 +218,7 @@ class BranchRun:
         now = self._passes.get(id(executor.class_obj))
         if now is None or now.on:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        now.found.clear()
         now.order = self._order(options)
         now.batch = x.shape[0]
         now.tiled = type(executor.class_obj.diffusion_model).__name__ in TILED

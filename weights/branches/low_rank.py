@@ -43,34 +43,38 @@ class LowRank(Term):
         self.parts = tuple(pair.outputs for pair in pairs)
         self.ranks = tuple(down.shape[0] for down in downs)
         self.shared: SharedInput | None = None
+        starts = (sum(self.ranks[:place]) for place in range(len(pairs)))
+        names = (f"up{place}" for place in range(len(pairs)))
+        self.rows = tuple(zip(names, starts, self.ranks, self.scales, self.sources, self.parts, strict=True))
 
     def leave(self, x: torch.Tensor, y: torch.Tensor, strengths, base: Callable) -> None:
         self.add(None, x, y, strengths)
 
     def add(self, whole: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor, strengths: tuple[float, ...]) -> None:
         """`leave`, where x may be rows of `whole`, the object that other layers of a `SharedInput` get too."""
-        if not any(strengths[source] for source in self.sources):
-            return
         hidden = None
         if self.shared is not None and whole is not None and not torch.compiler.is_compiling():
             hidden = self.shared.hidden(self, whole, x)
         if hidden is None:
+            if not any(strengths[source] for source in self.sources):
+                return
             hidden = F.linear(self._seen(x), weights_like(self.down, x))
-        hidden = hidden.reshape(-1, hidden.shape[-1]).to(y.dtype)
+        if hidden.dtype != y.dtype:
+            hidden = hidden.to(y.dtype)
+        if hidden.ndim != 2:
+            hidden = hidden.reshape(-1, hidden.shape[-1])
         flat = y.view(-1, y.shape[-1]) if y.is_contiguous() else y
-        start = 0
-        for up, rank, scale, source, part in zip(
-            self.kept("up"), self.ranks, self.scales, self.sources, self.parts, strict=True
-        ):
+        for name, start, rank, scale, source, part in self.rows:
             strength = strengths[source] * scale
-            if strength != 0:
-                mine = hidden.narrow(1, start, rank)
-                goal = flat if part is None else flat.narrow(-1, *part)
-                if flat is y and y.ndim != 2:
-                    goal.add_(F.linear(mine, weights_like(up, y)).view(goal.shape), alpha=strength)
-                else:
-                    goal.addmm_(mine, weights_like(up, y).t(), alpha=strength)
-            start += rank
+            if strength == 0:
+                continue
+            up = weights_like(getattr(self, name), y)
+            mine = hidden if rank == hidden.shape[1] else hidden.narrow(1, start, rank)
+            goal = flat if part is None else flat.narrow(-1, *part)
+            if flat is y and y.ndim != 2:
+                goal.add_(F.linear(mine, up).view(goal.shape), alpha=strength)
+            else:
+                goal.addmm_(mine, up.t(), alpha=strength)
 
 
 class SharedInput:
@@ -82,6 +86,7 @@ class SharedInput:
 
     def __init__(self, members: list[LowRank]):
         self._members = members
+        self._place = {id(member): place for place, member in enumerate(members)}
         self._stacked = torch.cat([member.down for member in members])
         self._x = self._rows = self._hidden = None
         self._columns = []
@@ -95,7 +100,7 @@ class SharedInput:
 
     def hidden(self, member: LowRank, whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """down · x for one member, or None where it has to be computed for it alone."""
-        place = self._members.index(member)
+        place = self._place[id(member)]
         rows = (x.storage_offset(), x.shape)
         if place == 0:
             self._x, self._rows = whole, rows
