@@ -254,7 +254,7 @@ class BranchRun:
 
     def _order(self, options: Mapping) -> tuple[int, ...]:
         """By the conditioning that a chunk comes from: nodes that run one side alone (perturbed attention, skipped
-        layers, SAG) pass a list of one, so its place says nothing. A conditioning unknown to the guider goes by place."""
+        layers, SAG) pass a list of one, so its place says nothing. One that the guider does not know goes by place."""
         places = options.get("cond_or_uncond") or [POSITIVE]
         ids = options.get("uuids") or [None] * len(places)
         return tuple(

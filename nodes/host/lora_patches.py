@@ -158,7 +158,8 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
     if unknown:
         text = [key for key in unknown if is_text_key(key)]
         raise StyleLoomError(
-            f"{len(unknown)} of the {label}'s {len(converted)} keys find no place in this {name} model: {some(unknown)}",
+            f"{len(unknown)} of the {label}'s {len(converted)} keys find no place in this {name} model: "
+            f"{some(unknown)}",
             f"a LoRA for {name}" + ("" if clip is not None or not text else ", with the text encoder in clip"),
             "Use the LoRA with the model that it was made for."
             if clip is not None or len(text) < len(unknown)

@@ -83,7 +83,8 @@ class ConvLowRank(Term):
     """LoRA on a convolution (LoCon): y += strength · scale · up(mid(down(x))).
 
     Without a core, `lora_down` has the layer's kernel; with one (Tucker form) the core `lora_mid` has it and
-    `lora_down` is pointwise. `lora_up` is pointwise. down (rank, in, *kernel), up (out, rank), mid (rank, rank, *kernel).
+    `lora_down` is pointwise. `lora_up` is pointwise. down (rank, in, *kernel), up (out, rank), mid (rank, rank,
+    *kernel).
     """
 
     def __init__(self, layer, source, down, up, mid, scale: float, dtype=None):
