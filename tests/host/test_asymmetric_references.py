@@ -22,7 +22,7 @@ def benches(run_node, kit):
 def with_references(run_node, kit):
     """A conditioning with two reference latents, as the stock edit nodes make it."""
 
-    def add(bench, conditioning, method, seed=1):
+    def add(bench, conditioning, method, seed=1, texts=("one", "two", "three")):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(2):
             latent = {"samples": torch.randn(1, *kit.two_passes.LATENTS[bench.name], generator=generator)}
@@ -34,8 +34,8 @@ def with_references(run_node, kit):
                 reference_latents_method=method,
             )[0]
         # What Text Encode Z-Image Omni hands over: one text for each picture, and one for the rest.
-        texts = [bench.prompt(text)[0][0] for text in ("one", "two", "three")]
-        return [[c, {**values, "reference_latents_text_embeds": texts}] for c, values in conditioning]
+        embeds = [bench.prompt(text)[0][0] for text in texts]
+        return [[c, {**values, "reference_latents_text_embeds": embeds}] for c, values in conditioning]
 
     return add
 
@@ -46,7 +46,8 @@ def test_references_on_both_sides(name, method, batch, benches, with_references,
     """Same prompt on both sides: they stand in one batch, so that the doubled rows have to be told apart."""
     bench = benches(name)
     style, gray = bench.lora(1), bench.lora(2)
-    prompt = with_references(bench, bench.positive, method)
+    # No text for the rest: with one the host's Z-Image fails on any batch of more than one, in plain CFG too.
+    prompt = with_references(bench, bench.positive, method, texts=("one", "two"))
     sides = {"positive": prompt, "negative": prompt, "latent": bench.latent(batch)}
     model, calls = kit.two_passes.recorded(bench.model)
     made = bench.asymmetric(model=model, positive_lora=style, negative_lora=gray, sampling={"steps": 1}, **sides)
