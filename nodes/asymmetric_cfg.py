@@ -101,7 +101,9 @@ def sample(guider, noise, latent, steps, sampler_name, scheduler, denoise, start
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return made.to(comfy.model_management.intermediate_device())
+    # The dtype of results came with a later host than the oldest that the pack runs on.
+    dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: made.dtype)()
+    return made.to(comfy.model_management.intermediate_device(), dtype)
 
 
 def _percent(name: str, default: float, tooltip: str):

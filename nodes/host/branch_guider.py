@@ -61,12 +61,27 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
         run = BranchRun(self._plan)
+        # The host copies areas from one side to the other, id and hooks with them: told apart by where they were before.
+        own = {cond["uuid"]: _BRANCHES[name] for name, conds in self.conds.items() for cond in conds}
 
         def told(executor, guider, *inner):
-            # The host has by now copied areas from one side to the other, their ids with them.
-            run.know({_BRANCHES[name]: conds for name, conds in self.conds.items()})
+            copied = run.know({_BRANCHES[name]: conds for name, conds in self.conds.items()}, own)
+            for cond, branch in copied:
+                cond["hooks"] = self._hooks_on(branch, cond.get("hooks"))
             return executor(guider, *inner)
 
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, told, self.model_options, is_model_options=True)
         with run.active(patchers, self.model_options):
             return super().inner_sample(*args, **kwargs)
+
+    def _hooks_on(self, branch: int, hooks):
+        """Hooks of a conditioning that was copied to a side: the user's stay, the plan's become those of that side."""
+        planned = [hook for group in self._plan.hooks.values() if group is not None for hook in group.hooks]
+        mine = self._plan.hooks[branch]
+        made = comfy.hooks.HookGroup()
+        for hook in hooks.hooks if hooks is not None else ():
+            if hook not in planned:
+                made.add(hook)
+        for hook in mine.hooks if mine is not None else ():
+            made.add(hook)
+        return made if len(made) else None

@@ -124,13 +124,24 @@ class BranchRun:
         self._apart = False
         self._observed = False
 
-    def know(self, conds: Mapping[int, list[dict]]) -> None:
-        """Learn the ids of both sides' conditionings; one that both sides have gets a new one on the second."""
+    def know(self, conds: Mapping[int, list[dict]], own: Mapping[object, int]) -> list[tuple[dict, int]]:
+        """Learn the ids of both sides' conditionings.
+
+        Args:
+            conds: Branch → its conditionings as they are run.
+            own: The id of each conditioning as it was given → its branch.
+
+        Returns:
+            Those that came over from the other side, each with the branch it now belongs to; they get ids of their own.
+        """
+        copied = []
         for branch, side in conds.items():
             for cond in side:
-                if self._branch_of.get(cond["uuid"], branch) != branch:
+                if own.get(cond["uuid"], branch) != branch:
                     cond["uuid"] = uuid.uuid4()
+                    copied.append((cond, branch))
                 self._branch_of[cond["uuid"]] = branch
+        return copied
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):

@@ -76,6 +76,6 @@ class Schedule(comfy.hooks.HookKeyframeGroup):
             self._keyframes.prepare_current_keyframe(curr_t, transformer_options)
         if not self.constant:
             start, end = self._range
-            inside = end <= float(curr_t) <= start
+            inside = bool(end <= curr_t) and bool(curr_t <= start)  # in the sigma's own dtype, as the host compares
             self._factor = (self._keyframes.strength if self._keyframes is not None else 1.0) if inside else 0.0
         return self._factor != before

@@ -154,7 +154,6 @@ def test_regions(kind, where, bench, loras, distance, run_node):
     assert distance(made, expected) < BOUND
 
 
-@pytest.mark.xfail(strict=True, reason="the weight hooks of an area are handed to the other side with it")
 def test_regions_with_a_patch_that_goes_through_weight_hooks(bench, distance, run_node):
     """The host hands an area's hooks to the other side together with the area."""
     lora = bench.lora(1, kind="dora", contains="attn2")

@@ -152,14 +152,7 @@ def schedule(pack):
     return sys.modules[f"{pack.__name__}.nodes.host.branch_schedule"]
 
 
-PRECISION = pytest.mark.xfail(
-    strict=True, reason="Schedule compares in float64 what the host compares in the sigma's own dtype"
-)
-
-
-@pytest.mark.parametrize(
-    "name", ("sd1.5", pytest.param("z-image", marks=PRECISION), pytest.param("flux2", marks=PRECISION))
-)
+@pytest.mark.parametrize("name", ("sd1.5", "z-image", "flux2"))
 def test_a_window_ends_where_a_conditionings_range_ends(name, benches, schedule, host):
     """Also where a step stands exactly on the boundary: the host's own rule decides, in the host's own precision."""
     bench = benches(name)

@@ -82,7 +82,6 @@ def test_an_empty_latent_of_other_channels(both):
     equal(*both({"samples": torch.zeros(1, 16, 8, 12), "downscale_ratio_spacial": 8}))
 
 
-@pytest.mark.xfail(strict=True, reason="the host's KSampler also casts to its intermediate dtype")
 def test_the_hosts_dtype_of_results(both, bench, host, monkeypatch):
     monkeypatch.setattr(host.comfy.cli_args.args, "fp16_intermediates", True)
     equal(*both(picture(bench), denoise=0.5))
