@@ -22,6 +22,9 @@ from .types import CATEGORY_GUIDANCE, CATEGORY_LORA, LoRA, LoRAStack
 
 Entries = tuple[BranchLoRA, ...]
 
+# What an empty latent says of its size, for models of another compression.
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
 
 def entries_of(lora, strength: float, start_percent: float, end_percent: float, name: str) -> Entries:
     """A LORA_MODEL or a stack, as the LoRAs of one branch: strengths multiply, windows intersect.
@@ -79,9 +82,8 @@ def sample(guider, noise, latent, steps, sampler_name, scheduler, denoise, start
     noise, latent: (batch, channels, …). Sigmas are those of the host's KSampler.
     """
     model = guider.model_patcher
-    samples = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    )
+    ratios = {name: latent[name] for name in _RATIOS if name in latent}  # older hosts know, and write, only the first
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     sigmas = comfy.samplers.KSampler(
         model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
     ).sigmas
@@ -372,9 +374,5 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
             return_with_leftover_noise == "enable",
             seed,
         )
-        made = {
-            name: value
-            for name, value in latent_image.items()
-            if name not in ("downscale_ratio_spacial", "downscale_ratio_temporal")
-        }
+        made = {name: value for name, value in latent_image.items() if name not in _RATIOS}
         return io.NodeOutput(made | {"samples": samples}, report, ui=ui.PreviewText(report))
