@@ -8,6 +8,8 @@ Predictor = io.Custom("I2L_PREDICTOR")
 Encoders = io.Custom("I2L_ENCODERS")
 References = io.Custom("I2L_REFERENCES")
 LoRA = io.Custom("LORA_MODEL")
+IPAdapter = io.Custom("STYLELOOM_IPADAPTER")
 
 CATEGORY = "StyleLoom/image to LoRA"
 CATEGORY_LORA = "StyleLoom/LoRA"
+CATEGORY_STYLE = "StyleLoom/style"

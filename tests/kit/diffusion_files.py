@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .lora_files import write_kohya_lora
 from .seeded import save_whole
 
 
@@ -29,3 +30,11 @@ def kohya_layers(patcher, contains: str = "attn") -> dict[str, tuple[int, int]]:
             if len(shape) == 2:
                 layers.setdefault(key, (name, (shape[1], shape[0])))
     return dict(layers.values())
+
+
+def write_sdxl_lora(path: str | os.PathLike, seed: int = 0, recipe: str = "") -> Path:
+    """Writes a kohya LoRA for every attention layer of `diffusion.sdxl_small`: a stand-in for a style LoRA."""
+    from . import diffusion
+
+    layers = kohya_layers(diffusion.sdxl_small(), "attn")
+    return write_kohya_lora(path, layers, rank=2, seed=seed, relative=0.3, recipe=recipe)
