@@ -248,9 +248,7 @@ class StyleBlockInjector(io.ComfyNode):
         if not chosen:
             return io.NodeOutput(model)
         pictures = {blocks.STYLE: references, blocks.LAYOUT: [layout]}
-        tokens = {
-            whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)
-        }
+        tokens = {whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)}
         counts = {whose: made.shape[1] for whose, made in tokens.items()}
         if fusion == EACH and len({*counts.values()} - {1}) > 1:
             raise StyleLoomError(

@@ -41,7 +41,10 @@ def _register(category: str, paths: list[str], extensions: set[str] = _EXTENSION
             for other in merged
         ):
             merged.append(path)
-    folder_paths.folder_names_and_paths[category] = (merged, set(extensions) | (set(others) if category == IPADAPTERS else set()))
+    folder_paths.folder_names_and_paths[category] = (
+        merged,
+        set(extensions) | (set(others) if category == IPADAPTERS else set()),
+    )
 
 
 def register() -> None:

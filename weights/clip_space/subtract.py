@@ -83,7 +83,7 @@ def subtract(
         if options.gap_correction:
             if neutral is None or not len(neutral):
                 raise ValueError("gap_correction needs neutral texts")
-            t = t - neutral.double().mean(0)
+            t = _checked(t - neutral.double().mean(0), t)
         basis = _directions(_without(_checked(t), style), options.method)
         part = _coefficients(x, basis, options.one_sided) @ basis
         result = x - options.strength * part
@@ -105,8 +105,10 @@ def cosines(z: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
     return x @ t.T
 
 
-def _checked(t: torch.Tensor) -> torch.Tensor:
-    if bool((t.norm(dim=1) < 1e-9).any()):
+def _checked(t: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """t, unless one of its rows has no length, on its own or beside what it was before."""
+    least = 1e-9 if before is None else _KEEP * before.norm(dim=1)
+    if bool((t.norm(dim=1) <= least).any()):
         raise StyleLoomError(
             "a concept has no direction: its text vector is the neutral one",
             "words that name something to be seen",

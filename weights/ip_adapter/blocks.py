@@ -23,7 +23,7 @@ OTHER = "IPAdapter Plus: "
 PRESETS = (STYLE, LAYOUT, BOTH, ALL, CUSTOM, OTHER + STYLE, OTHER + LAYOUT, OTHER + BOTH)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """The cross-attentions of one UNet.
 
@@ -100,9 +100,7 @@ SD15 = Architecture(
     layout=_ones(("input", 7), ("input", 8), ("middle", 0)),
     content={},
     # By position in forward order: style 0, 1, 2, 3 and 9 to 15; composition a quarter at 4 and the whole at 5.
-    other_style=_ones(
-        *(("input", n) for n in (1, 2, 4, 5)), *(("output", n) for n in (5, 6, 7, 8, 9, 10, 11))
-    ),
+    other_style=_ones(*(("input", n) for n in (1, 2, 4, 5)), *(("output", n) for n in (5, 6, 7, 8, 9, 10, 11))),
     other_layout={("input", 7): 0.25, ("input", 8): 1.0},
 )
 ARCHITECTURES = (SDXL, SD15)

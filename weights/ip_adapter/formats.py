@@ -27,7 +27,7 @@ _HIDDEN = {tower.hidden: tower for tower in (VIT_H, BIG_G, VIT_L_336)}
 _LAYER = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """An opened IP-Adapter. The tensors stay where the file's reader put them, usually in the mapped file.
 
@@ -153,8 +153,12 @@ def recognise(name: str, tensors: Mapping) -> Adapter:
     wrong = sorted(key for key, shape in due.items() if key in proj and tuple(proj[key].shape) != shape)
     if missing or left or wrong:
         first = (missing or left or wrong)[0]
-        what = "is missing" if missing else "belongs to no known projection" if left else (
-            f"is {list(proj[first].shape)} where {list(due[first])} is due"
+        what = (
+            "is missing"
+            if missing
+            else "belongs to no known projection"
+            if left
+            else (f"is {list(proj[first].shape)} where {list(due[first])} is due")
         )
         raise _refuse(name, f"image_proj.{first} {what}", "Download the file again.")
     encoder = (_EMBEDS if feature == "image_embeds" else _HIDDEN).get(width)
