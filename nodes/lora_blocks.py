@@ -15,8 +15,8 @@ class LoRABlockFilter(io.ComfyNode):
             node_id="StyleLoomLoRABlockFilter",
             display_name="LoRA Block Filter",
             category=CATEGORY_LORA,
-            description="Restricts a LoRA to the layers that make style, content or layout, or to layers that you name. "
-            "A style LoRA that also brings its training subjects along keeps its style this way.",
+            description="Restricts a LoRA to the layers that make style, content or layout, or to layers that you "
+            "name. A style LoRA that also brings its training subjects along keeps its style this way.",
             search_aliases=["lora block weight", "b-lora", "lora layers", "style lora", "lbw"],
             inputs=[
                 LoRA.Input("lora", tooltip="From Load LoRA File or another node that gives a LoRA."),
@@ -24,8 +24,8 @@ class LoRABlockFilter(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=PRESETS[0],
-                    tooltip="Which layers are inside. Style blocks, content blocks and layout are known for SDXL, style "
-                    "and layout for SD1.5. Attention only and custom patterns work for every model.",
+                    tooltip="Which layers are inside. Style blocks, content blocks and layout are known for SDXL, "
+                    "style and layout for SD1.5. Attention only and custom patterns work for every model.",
                 ),
                 io.Float.Input(
                     "inside",

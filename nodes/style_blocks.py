@@ -30,9 +30,9 @@ class LoadIPAdapter(io.ComfyNode):
             node_id="StyleLoomLoadIPAdapter",
             display_name="Load IP-Adapter",
             category=CATEGORY_STYLE,
-            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors: base, light, plus, plus-face or full-face. What "
-            "it is and which image encoder it needs is read from its contents, whatever its name. FaceID kinds are "
-            "refused.",
+            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors: base, light, plus, plus-face or full-face. "
+            "What it is and which image encoder it needs is read from its contents, whatever its name. FaceID kinds "
+            "are refused.",
             search_aliases=["ipadapter", "ip adapter", "instantstyle", "style transfer", "image prompt"],
             inputs=[
                 folders.FileInput(

@@ -43,7 +43,8 @@ def grid(tokens: int, options: Mapping) -> tuple[int, int]:
     raise StyleLoomError(
         f"a layer has {tokens} tokens for a latent of {options.get('original_shape')}",
         "one token for each place, so that the mask can be laid over them",
-        "Another node merges or drops tokens (ToMe, HyperTile): leave it out, or use Style Block Injector without mask.",
+        "Another node merges or drops tokens (ToMe, HyperTile): leave it out, or leave mask of Style Block Injector "
+        "unconnected.",
     )
 
 

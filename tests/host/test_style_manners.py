@@ -150,7 +150,9 @@ def test_overrides_and_precision_reach_both_attentions(models, inject, due, text
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("sides", [(1, 0), (0, 1), (0,), (1,), (0, 0, 1)])
 def test_sides_and_batches(sides, count, models, inject, due, texts):
-    assert close(call(inject(models["sdxl"][0]), texts["sdxl"], sides=sides, count=count), due(sides=sides, count=count))
+    assert close(
+        call(inject(models["sdxl"][0]), texts["sdxl"], sides=sides, count=count), due(sides=sides, count=count)
+    )
 
 
 @pytest.mark.parametrize("fusion", ["concat", "average"])

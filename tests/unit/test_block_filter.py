@@ -52,7 +52,9 @@ INSIDE = {
 @pytest.mark.parametrize(("architecture", "preset"), INSIDE, ids=lambda v: getattr(v, "name", v))
 def test_which_layers(architecture, preset, spelling):
     by_block = names(architecture, spelling)
-    resnet = "lora_unet_input_blocks_8_0_in_layers_2" if architecture is SDXL else "lora_unet_down_blocks_2_resnets_0_conv1"
+    resnet = (
+        "lora_unet_input_blocks_8_0_in_layers_2" if architecture is SDXL else "lora_unet_down_blocks_2_resnets_0_conv1"
+    )
     text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     lora = lora_of([*sum(by_block.values(), []), resnet, text])
     made = filter_blocks(lora, preset)
@@ -60,7 +62,9 @@ def test_which_layers(architecture, preset, spelling):
     assert {key.rsplit(".lora", 1)[0] for key in made.lora} == due
     assert all(made.lora[key] is lora[key] for key in made.lora)
     total = len(architecture.layers) + 2
-    assert f"inside: {len(due)} of {total} layers at 1" in made.report and "1 of them of the text encoder" in made.report
+    assert (
+        f"inside: {len(due)} of {total} layers at 1" in made.report and "1 of them of the text encoder" in made.report
+    )
     rest = filter_blocks(lora, preset, 0.0, 1.0)
     assert {key.rsplit(".lora", 1)[0] for key in rest.lora} == {k.rsplit(".lora", 1)[0] for k in lora} - due
 
@@ -96,10 +100,18 @@ def kinds(seed):
     for place in (0, 1):
         name = at.format(place, "{}").format
         lora |= {f"{name(1)}.lora_down.weight": r(3, 6), f"{name(1)}.lora_up.weight": r(4, 3)}
-        lora |= {f"{name(2)}.lora_A.weight": r(3, 6), f"{name(2)}.lora_B.weight": r(4, 3),
-                 f"{name(2)}.alpha": torch.tensor(1.5)}
-        lora |= {f"{name(3)}.hada_w1_a": r(4, 2), f"{name(3)}.hada_w1_b": r(2, 6), f"{name(3)}.hada_w2_a": r(4, 2),
-                 f"{name(3)}.hada_w2_b": r(2, 6), f"{name(3)}.alpha": torch.tensor(1.0)}
+        lora |= {
+            f"{name(2)}.lora_A.weight": r(3, 6),
+            f"{name(2)}.lora_B.weight": r(4, 3),
+            f"{name(2)}.alpha": torch.tensor(1.5),
+        }
+        lora |= {
+            f"{name(3)}.hada_w1_a": r(4, 2),
+            f"{name(3)}.hada_w1_b": r(2, 6),
+            f"{name(3)}.hada_w2_a": r(4, 2),
+            f"{name(3)}.hada_w2_b": r(2, 6),
+            f"{name(3)}.alpha": torch.tensor(1.0),
+        }
         lora |= {f"{name(4)}.lokr_w1": r(2, 2), f"{name(4)}.lokr_w2": r(2, 3), f"{name(4)}.alpha": torch.tensor(9.0)}
         lora |= {f"{name(5)}.lokr_w1_a": r(2, 2), f"{name(5)}.lokr_w1_b": r(2, 2), f"{name(5)}.lokr_w2": r(2, 3)}
         lora |= {f"{name(6)}.diff": r(4, 6)}
