@@ -19,8 +19,8 @@ class ContentSubtract(io.ComfyNode):
             display_name="Content Subtract",
             category=CATEGORY_STYLE,
             description="Takes what you name out of an encoded picture, so that its style is left. For base "
-            "IP-Adapters, unCLIP and whatever reads the picture's one vector. Plus adapters read patches, which no text "
-            "describes: for them, connect a picture of the content to negative of Style Block Injector.",
+            "IP-Adapters, unCLIP and whatever reads the picture's one vector. Plus adapters read patches, which no "
+            "text describes: for them, connect a picture of the content to negative of Style Block Injector.",
             search_aliases=["instantstyle", "neg content", "remove content", "content leakage", "concept subtraction"],
             inputs=[
                 io.ClipVisionOutput.Input("style", tooltip="The encoded picture or pictures."),
