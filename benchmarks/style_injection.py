@@ -178,7 +178,9 @@ def injections(adapter, embeds, preset: str, dtype):
     chosen = choose(adapter.architecture, preset, 1.0, 1.0, False)
     ours = StyleAttention(project(adapter, chosen, {"style": fuse(adapter, embeds, None, "concat")}, dtype=dtype))
     usual = Usual(adapter, dtype).build(embeds)
-    return ours, {layer: WATCH.around(usual.layer(layer, chosen.get(layer, (0.0,))[0])) for layer in adapter.architecture.layers}
+    return ours, {
+        layer: WATCH.around(usual.layer(layer, chosen.get(layer, (0.0,))[0])) for layer in adapter.architecture.layers
+    }
 
 
 def rounds(ways: dict[str, Callable[[], object]], count: int) -> dict[str, dict[str, float]]:
