@@ -5,11 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .asymmetric_cfg import AsymmetricCFGGuiderNode, AsymmetricCFGSamplerNode, LoRAStackNode
+from .content_subtract import ContentSubtract
 from .host import folders
 from .i2l_encoders import EncodeReferences, GrayReferences, LoadImageEncoders
 from .i2l_predictor import ImageToLoRA, LoadPredictor
 from .i2l_references import LoadReferences, SaveReferences
+from .lora_blocks import LoRABlockFilter
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
+from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
 
 
 NODES: list[type[io.ComfyNode]] = [
@@ -26,6 +29,11 @@ NODES: list[type[io.ComfyNode]] = [
     LoRAStackNode,
     AsymmetricCFGGuiderNode,
     AsymmetricCFGSamplerNode,
+    LoadIPAdapter,
+    EncodeStyleImage,
+    StyleBlockInjector,
+    ContentSubtract,
+    LoRABlockFilter,
 ]
 
 

@@ -9,7 +9,9 @@ Encoders = io.Custom("I2L_ENCODERS")
 References = io.Custom("I2L_REFERENCES")
 LoRA = io.Custom("LORA_MODEL")
 LoRAStack = io.Custom("STYLELOOM_LORA_STACK")
+IPAdapter = io.Custom("STYLELOOM_IPADAPTER")
 
 CATEGORY = "StyleLoom/image to LoRA"
 CATEGORY_LORA = "StyleLoom/LoRA"
 CATEGORY_GUIDANCE = "StyleLoom/guidance"
+CATEGORY_STYLE = "StyleLoom/style"

@@ -19,17 +19,20 @@ PREDICTORS = "i2l"
 ENCODERS = "i2l_encoders"
 REFERENCES = "i2l_references"
 LORAS = "loras"
+IPADAPTERS = "ipadapter"
 
 # In use by other packs for the same files: yipeeka and gajjar4, mxli-1999, HM-RunningHub.
 _IN_USE = ("I2L", "z_image_i2l", "DiffSynth-Studio")
 _EXTENSIONS = {".safetensors"}
+# As published; .bin is read as tensors only. Other packs share this category and keep what they listed in it.
+_ADAPTER_EXTENSIONS = {".safetensors", ".bin"}
 # An interrupted ModelScope download leaves its parts in a folder of this name, in the published repository too.
 _PARTIAL = "._____temp"
 
 
-def _register(category: str, paths: list[str]) -> None:
+def _register(category: str, paths: list[str], extensions: set[str] = _EXTENSIONS) -> None:
     """Add folders to a category, keeping what the user's extra_model_paths.yaml put there, which comes first."""
-    known = folder_paths.folder_names_and_paths.get(category, ([], set()))[0]
+    known, others = folder_paths.folder_names_and_paths.get(category, ([], set()))
     merged: list[str] = []
     for path in [*known, *paths]:
         # `models/I2L` is `models/i2l` where the file system ignores case.
@@ -38,7 +41,10 @@ def _register(category: str, paths: list[str]) -> None:
             for other in merged
         ):
             merged.append(path)
-    folder_paths.folder_names_and_paths[category] = (merged, set(_EXTENSIONS))
+    folder_paths.folder_names_and_paths[category] = (
+        merged,
+        set(extensions) | (set(others) if category == IPADAPTERS else set()),
+    )
 
 
 def register() -> None:
@@ -46,6 +52,7 @@ def register() -> None:
     models = folder_paths.models_dir
     _register(PREDICTORS, [os.path.join(models, PREDICTORS), *(os.path.join(models, name) for name in _IN_USE)])
     _register(ENCODERS, [*folder_paths.get_folder_paths(PREDICTORS), *folder_paths.get_folder_paths("clip_vision")])
+    _register(IPADAPTERS, [os.path.join(models, IPADAPTERS)], _ADAPTER_EXTENSIONS)
     _register(
         REFERENCES, [os.path.join(models, REFERENCES), os.path.join(folder_paths.get_output_directory(), REFERENCES)]
     )

@@ -81,10 +81,18 @@ def test_the_template_dialog_shows_them_all(client, open_frontend):
     with open_frontend() as front:
         front.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         front.page.get_by_role("dialog").get_by_text("StyleLoom", exact=True).last.click()
-        for stem in STEMS:
-            picture = front.page.get_by_test_id(f"template-workflow-{stem}").locator("img").first
-            picture.wait_for(timeout=15_000)
-            front.page.wait_for_function("img => img.naturalWidth > 0", arg=picture.element_handle())
+        front.page.get_by_test_id("template-workflow-demo_image_to_lora").wait_for(timeout=15_000)
+        front.page.mouse.move(800, 600)
+        unseen = list(STEMS)
+        for _ in range(60):  # the dialog fills itself as it is scrolled
+            unseen = [stem for stem in unseen if not front.page.get_by_test_id(f"template-workflow-{stem}").locator(
+                "img").evaluate_all("images => images.some(img => img.naturalWidth > 0)")]
+            if not unseen:
+                break
+            front.page.mouse.wheel(0, 200)
+            front.page.wait_for_timeout(500)
+        assert unseen == []
+        front.page.mouse.wheel(0, -10_000)
         front.page.get_by_test_id("template-workflow-demo_image_to_lora").click()
         front.page.wait_for_function("n => app.graph.nodes.length === n",
                                      arg=len(json.loads(text_of("demo_image_to_lora"))["nodes"]), timeout=15_000)

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Lets the tests of this folder share their helpers by plain name.
+sys.path.append(str(Path(__file__).resolve().parent))
 
 
 @dataclass

@@ -21,7 +21,8 @@ PUBLISHED_HASHES = {  # MD5 over names and shapes, as the publisher's own loader
     "dinov3": "5722b5c873720009de96422993b15682",
 }
 ARCHITECTURES = ("z-image", "qwen-image", "sdxl", "sd1.5", "flux2")
-NODES = {"StyleLoomKitModel", "StyleLoomKitPictures", "StyleLoomKitLoRAPicture", "StyleLoomKitCompare"}
+NODES = {"StyleLoomKitModel", "StyleLoomKitVision", "StyleLoomKitPictures", "StyleLoomKitLoRAPicture",
+         "StyleLoomKitCompare"}
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,40 @@ API = {
          ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
         [("latent", "LATENT"), ("report", "STRING")],
     ),
+    "StyleLoomLoadIPAdapter": (
+        "Load IP-Adapter",
+        [("ipadapter_name", "COMBO", REQUIRED)],
+        [("ipadapter", "STYLELOOM_IPADAPTER")],
+    ),
+    "StyleLoomEncodeStyleImage": (
+        "Encode Style Image",
+        [("clip_vision", "CLIP_VISION", REQUIRED), ("image", "IMAGE", REQUIRED), ("fit", "COMBO", REQUIRED)],
+        [("encoded", "CLIP_VISION_OUTPUT")],
+    ),
+    "StyleLoomStyleBlockInjector": (
+        "Style Block Injector",
+        [("model", "MODEL", REQUIRED), ("ipadapter", "STYLELOOM_IPADAPTER", REQUIRED),
+         ("style", "COMFY_AUTOGROW_V3", REQUIRED), ("preset", "COMBO", REQUIRED), ("weight", "FLOAT", REQUIRED),
+         ("layout_weight", "FLOAT", OPTIONAL), ("layout", "CLIP_VISION_OUTPUT", OPTIONAL),
+         ("negative", "CLIP_VISION_OUTPUT", OPTIONAL), ("mask", "MASK", OPTIONAL),
+         ("start_percent", "FLOAT", OPTIONAL), ("end_percent", "FLOAT", OPTIONAL), ("scaling", "COMBO", OPTIONAL),
+         ("fusion", "COMBO", OPTIONAL), ("block_weights", "STRING", OPTIONAL)],
+        [("model", "MODEL")],
+    ),
+    "StyleLoomContentSubtract": (
+        "Content Subtract",
+        [("style", "CLIP_VISION_OUTPUT", REQUIRED), ("clip", "CLIP", REQUIRED), ("content", "STRING", REQUIRED),
+         ("method", "COMBO", REQUIRED), ("strength", "FLOAT", REQUIRED), ("protect", "STRING", OPTIONAL),
+         ("gap_correction", "BOOLEAN", OPTIONAL), ("one_sided", "BOOLEAN", OPTIONAL),
+         ("renormalise", "BOOLEAN", OPTIONAL)],
+        [("style", "CLIP_VISION_OUTPUT"), ("report", "STRING")],
+    ),
+    "StyleLoomLoRABlockFilter": (
+        "LoRA Block Filter",
+        [("lora", "LORA_MODEL", REQUIRED), ("preset", "COMBO", REQUIRED), ("inside", "FLOAT", REQUIRED),
+         ("outside", "FLOAT", REQUIRED), ("patterns", "STRING", OPTIONAL)],
+        [("lora", "LORA_MODEL"), ("report", "STRING")],
+    ),
 }
 
 

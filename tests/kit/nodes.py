@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from . import architectures, compare, lora_picture, pictures
+from . import architectures, compare, diffusion, lora_picture, pictures, vision
 
 CATEGORY = "StyleLoom/kit"
 
@@ -32,6 +32,25 @@ class KitModel(io.ComfyNode):
     @classmethod
     def execute(cls, architecture: str, seed: int) -> io.NodeOutput:
         return io.NodeOutput(*architectures.make(architecture, seed))
+
+
+class KitVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StyleLoomKitVision",
+            display_name="Kit: Small CLIP Vision",
+            category=CATEGORY,
+            description="A seeded, untrained CLIP image encoder with the real preprocessing and number of tokens, whose "
+                        "vectors are as long as those of the small SDXL's larger text encoder.",
+            inputs=[io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Decides every weight.")],
+            outputs=[io.ClipVision.Output(display_name="clip_vision")],
+        )
+
+    @classmethod
+    def execute(cls, seed: int) -> io.NodeOutput:
+        with torch.inference_mode(False):
+            return io.NodeOutput(vision.clip_vision_small(seed, diffusion.SDXL_CLIP_G))
 
 
 class KitPictures(io.ComfyNode):
@@ -94,4 +113,4 @@ class KitCompare(io.ComfyNode):
         return io.NodeOutput(sheet, text, ui=ui.PreviewText(text))
 
 
-NODES = [KitModel, KitPictures, KitLoRAPicture, KitCompare]
+NODES = [KitModel, KitVision, KitPictures, KitLoRAPicture, KitCompare]

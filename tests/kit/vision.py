@@ -8,12 +8,12 @@ import torch
 from .weights_fill import constant, fill, gain
 
 
-def clip_vision_small(seed: int = 0) -> comfy.clip_vision.ClipVisionModel:
-    """A CLIP vision tower: 224 pixels, patch 14, so 257 tokens as in ViT-H; width 64, projection 32, four layers."""
+def clip_vision_small(seed: int = 0, projection: int = 32) -> comfy.clip_vision.ClipVisionModel:
+    """A CLIP vision tower: 224 pixels, patch 14, so 257 tokens as in ViT-H; width 64, four layers."""
     vision = comfy.clip_vision.ClipVisionModel({
         "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
         "num_attention_heads": 4, "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "num_channels": 3,
-        "projection_dim": 32,
+        "projection_dim": projection,
     })
     vision.dtype = torch.float32  # the host's choice depends on the machine; the seeded values should not
     vision.model.to(torch.float32)

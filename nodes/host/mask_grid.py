@@ -1,0 +1,98 @@
+"""A mask over the picture, at the size of every layer and for the part of the picture that a conditioning sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ...weights.errors import StyleLoomError
+
+Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
+
+
+def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
+    """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
+
+    Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
+    """
+    if len(shape) != 2:
+        return {}
+    found = {}
+    for cond in (cond for side in conds for cond in side or ()):
+        area = cond.get("area")
+        if area is not None and len(area) == 4:
+            height, width, top, left = area
+            found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
+    return found
+
+
+def grid(tokens: int, options: Mapping) -> tuple[int, int]:
+    """(rows, columns) of a layer's tokens.
+
+    Raises:
+        StyleLoomError: another node changed the number of tokens, so that no place in the picture is known.
+    """
+    for shape in (options.get("activations_shape"), options.get("original_shape")):
+        height, width = (shape or (0, 0, 0, 0))[-2:]
+        while height * width > tokens and max(height, width) > 1:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if height * width == tokens:
+            return height, width
+    raise StyleLoomError(
+        f"a layer has {tokens} tokens for a latent of {options.get('original_shape')}",
+        "one token for each place, so that the mask can be laid over them",
+        "Another node merges or drops tokens (ToMe, HyperTile): leave it out, or leave mask of Style Block Injector "
+        "unconnected.",
+    )
+
+
+class MaskGrid:
+    """(pictures, height, width) with 0 to 1, any size; averaged down to each layer."""
+
+    def __init__(self, mask: torch.Tensor):
+        mask = mask.float()
+        if mask.ndim == 2:
+            mask = mask[None]
+        if mask.ndim != 3 or not mask.numel():
+            raise StyleLoomError(
+                f"mask is {list(mask.shape)}", "(pictures, height, width)", "Connect a mask to mask, or nothing."
+            )
+        if not bool(mask.isfinite().all()):
+            raise StyleLoomError("mask has values that are not finite", "0 to 1", "Look at the node that makes it.")
+        self.mask = mask.cpu()
+        self.pictures = len(mask)
+        self._cache: dict = {}
+
+    def forget(self) -> None:
+        self._cache = {}
+
+    def rows(
+        self, q: torch.Tensor, options: Mapping, areas: tuple[Area | None, ...], frames: tuple[int, ...]
+    ) -> torch.Tensor:
+        """(1 or rows of q, tokens, 1) in the dtype and on the device of q (rows, tokens, width)."""
+        size = grid(q.shape[1], options)
+        key = (size, areas, frames if self.pictures > 1 else (), len(q), q.device, q.dtype)
+        if key not in self._cache:
+            if len(self._cache) > 64:
+                self._cache = {}
+            self._cache[key] = self._make(size, areas, frames, len(q)).to(q.device, q.dtype)
+        return self._cache[key]
+
+    def _make(
+        self, size: tuple[int, int], areas: tuple[Area | None, ...], frames: tuple[int, ...], rows: int
+    ) -> torch.Tensor:
+        mask = self.mask[:, None]
+        if self.pictures > 1:
+            mask = mask[list(frames)]
+        made = {None: mask} if None in areas else {}
+        for area in set(areas) - {None}:
+            height, width, top, left, *full = area
+            cut = F.interpolate(mask, tuple(full), mode="area")
+            made[area] = cut[..., top : top + height, left : left + width]
+        made = {area: F.interpolate(t, size, mode="area").flatten(1)[..., None] for area, t in made.items()}
+        if self.pictures == 1 and len(made) == 1:
+            return next(iter(made.values()))
+        each = rows // len(areas)
+        return torch.cat([made[area].expand(each, -1, -1) for area in areas])

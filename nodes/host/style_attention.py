@@ -1,0 +1,224 @@
+"""Adds attention over image tokens to chosen cross-attentions of a UNet while the host samples.
+
+Nothing is written into the model or into its patches: a wrapper around `apply_model` looks once a call whether it is
+on, and then hands the UNet a copy of the options in which the chosen layers have a replacement. So
+
+* what another pack put on the same layer, before or after, is what ours adds to, under a single key or a block's;
+* whoever wraps the UNet itself finds ours in its place and can wrap it;
+* a ControlNet, which runs before, and every layer that is not chosen are left as they are;
+* switched off by the schedule, nothing is there.
+
+Which rows of a batch are the negative side is asked of the guider by the conditioning's uuid. The numbers in
+`cond_or_uncond` are places in a list that some guiders order differently (Dual CFG Guider: 0 is the negative).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+
+from ...weights.errors import StyleLoomError
+from ...weights.ip_adapter.blocks import Layer
+from ...weights.ip_adapter.keys_values import COND, UNCOND, KeysValues
+from .mask_grid import MaskGrid, areas_of
+
+_KEY = "styleloom_style"
+_AREAS = "styleloom_areas"
+_KEPT = 8  # arrangements of rows that a layer remembers; sliding windows over frames make ever new ones
+
+
+class StyleAttention:
+    """One injection. `install` puts it on a clone; the object is shared by all clones made from it.
+
+    Args:
+        layers: from `keys_values.project`.
+        mask: (pictures, height, width) or None.
+        start, end: share of the schedule, 0 to 1.
+    """
+
+    def __init__(
+        self, layers: Mapping[Layer, KeysValues], mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0
+    ):
+        self.pictures = max((kv.k.shape[1] for kv in layers.values()), default=1)
+        self.layers = {
+            layer: KeysValues(*(t.expand(-1, self.pictures, -1, -1) for t in kv)) for layer, kv in layers.items()
+        }
+        self.mask = None if mask is None else MaskGrid(mask)
+        self.start, self.end = start, end
+        self._negative: set = set()
+        self._cache: dict = {}
+        self._window = (None, 0.0, 0.0)
+
+    def install(self, model):
+        """A clone of the MODEL with this injection; the one given stays as it is."""
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self.outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, self.apply_model)
+        if self.mask is not None:
+            clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self.calc_cond_batch)
+        return clone
+
+    # --- wrappers
+
+    def outer_sample(self, executor, *args, **kwargs):
+        """Around a whole run: learns which conditionings are negative, and drops the copies on the device after it."""
+        for name, conds in (getattr(executor.class_obj, "conds", None) or {}).items():
+            if "negative" in name:
+                self._negative |= {cond["uuid"] for cond in conds or () if "uuid" in cond}
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self._negative = set()
+            self._cache = {}
+            self._window = (None, 0.0, 0.0)
+            if self.mask is not None:
+                self.mask.forget()
+
+    def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
+        """Tells the layers which part of the picture each conditioning sees, for the mask."""
+        options = {**model_options.get("transformer_options", {}), _AREAS: areas_of(conds, tuple(x_in.shape[2:]))}
+        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
+    ):
+        """Around one call of the UNet."""
+        options = transformer_options
+        if self._is_on(executor.class_obj, t):
+            replace = options.get("patches_replace", {})
+            attn2 = dict(replace.get("attn2", {}))
+            call = _Call(self, options, len(x))
+            for layer in self.layers:
+                before = attn2.get(layer) or attn2.get(layer[:2])
+                attn2[layer] = _Replacement(call, layer, before)
+            options = {**options, "patches_replace": {**replace, "attn2": attn2}}
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _is_on(self, model, t: torch.Tensor) -> bool:
+        if self.start <= 0.0 and self.end >= 1.0:
+            return True
+        sampling = model.model_sampling
+        known, first, last = self._window
+        if known is None or known() is not sampling:
+            first, last = (float(sampling.percent_to_sigma(share)) for share in (self.start, self.end))
+            self._window = (weakref.ref(sampling), first, last)
+        return last <= float(t.flatten()[0]) <= first
+
+    # --- keys and values by rows
+
+    def rows(self, layer: Layer, sides: tuple[int, ...], frames: tuple[int, ...], device, dtype) -> KeysValues:
+        """Keys and values for the rows of a batch, made once for each arrangement.
+
+        Returns:
+            (sides, tokens, width) where all pictures share their tokens, else (sides × frames, tokens, width).
+        """
+        key = (layer, sides, frames if self.pictures > 1 else (), device, dtype)
+        found = self._cache.get(key)
+        if found is None:
+            if len(self._cache) > _KEPT * len(self.layers):
+                self._cache = {}
+            found = KeysValues(*(self._arrange(t.to(device, dtype), sides, frames) for t in self.layers[layer]))
+            self._cache[key] = found
+        return found
+
+    def _arrange(self, t: torch.Tensor, sides: tuple[int, ...], frames: tuple[int, ...]) -> torch.Tensor:
+        if self.pictures > 1:
+            t = t[:, list(frames)]
+        if sides == (UNCOND, COND):
+            return t.flatten(0, 1)  # as it is kept, so no copy where it is on the device already
+        return t[list(sides)].flatten(0, 1)
+
+
+class _Call:
+    """What all layers of one call of the UNet have in common, worked out once."""
+
+    def __init__(self, style: StyleAttention, options: Mapping, rows: int):
+        self.style = style
+        chunks = options.get("cond_or_uncond") or [0]
+        uuids = options.get("uuids") or [None] * len(chunks)
+        known = style._negative
+        self.sides = tuple(
+            (UNCOND if uuid in known else COND) if known and uuid is not None else (UNCOND if side == 1 else COND)
+            for side, uuid in zip(chunks, uuids)
+        )
+        self.each = rows // len(self.sides)
+        self.frames, total = _frames(options, self.each)
+        self.areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
+        wanted = {"style": style.pictures, "mask": style.mask.pictures if style.mask else 1}
+        for name, count in wanted.items():
+            if count not in (1, total):
+                raise StyleLoomError(
+                    f"{name} has {count} pictures, and {total} are being made",
+                    "one for all, or one for each",
+                    "Encode as many pictures as the latent batch has, or choose the fusion concat."
+                    if name == "style"
+                    else "Give one mask, or one for each picture of the batch.",
+                )
+
+    def image(self, layer: Layer, q: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        """Attention over the image tokens, (rows, n, width), weight and mask applied."""
+        k, v = self.style.rows(layer, self.sides, self.frames, q.device, q.dtype)
+        # Pictures that share their tokens are one long row of queries: nothing is repeated for them.
+        out = optimized_attention(
+            q.reshape(len(k), -1, q.shape[2]),
+            k,
+            v,
+            extra_options["n_heads"],
+            attn_precision=extra_options.get("attn_precision"),
+            transformer_options=extra_options,
+        ).reshape(q.shape)
+        if self.style.mask is not None:
+            out = out * self.style.mask.rows(q, extra_options, self.areas, self.frames)
+        return out
+
+
+class _Replacement:
+    """One layer's replacement: what was there, plus the picture.
+
+    `add` lets packs that expect to stack on their own kind of replacement stack on this one.
+    """
+
+    def __init__(self, call: _Call, layer: Layer, before: Callable | None):
+        self.call, self.layer, self.before = call, layer, before
+        self.added: tuple[tuple[Callable, dict], ...] = ()
+
+    def add(self, callback: Callable, **kwargs) -> None:
+        self.added += ((callback, kwargs),)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        if self.before is not None:
+            out = self.before(q, k, v, extra_options) + self.call.image(self.layer, q, extra_options)
+        else:
+            out = optimized_attention(
+                q,
+                k,
+                v,
+                extra_options["n_heads"],
+                attn_precision=extra_options.get("attn_precision"),
+                transformer_options=extra_options,
+            )
+            image = self.call.image(self.layer, q, extra_options)
+            # What our own call gave is nobody else's; an override may give what it keeps.
+            fresh = not torch.is_grad_enabled() and "optimized_attention_override" not in extra_options
+            out = out.add_(image) if fresh else out + image
+        for callback, kwargs in self.added:
+            out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
+    """(which pictures of the whole batch the rows of a side are, how many there are in all).
+
+    The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
+    """
+    window = options.get("context_window")
+    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
+        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
+    params = options.get("ad_params") or {}
+    if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
+        return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
+    return tuple(range(each)), each

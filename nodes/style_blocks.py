@@ -1,0 +1,274 @@
+"""Load IP-Adapter, Encode Style Image, Style Block Injector."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io
+
+from ..weights.errors import StyleLoomError
+from ..weights.ip_adapter import blocks
+from ..weights.ip_adapter.formats import Adapter, recognise
+from ..weights.ip_adapter.keys_values import EACH, FUSIONS, SCALINGS, fuse, project
+from ..weights.tensor_file import read_header
+from .host import folders
+from .host.cross_attentions import check_fit
+from .host.progress import Steps
+from .host.style_attention import StyleAttention
+from .host.vision_output import FITS, encode_picture, features
+from .types import CATEGORY_STYLE, IPAdapter
+
+MAX_INPUTS = 64
+
+
+class LoadIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="StyleLoomLoadIPAdapter",
+            display_name="Load IP-Adapter",
+            category=CATEGORY_STYLE,
+            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors: base, light, plus, plus-face or full-face. "
+            "What it is and which image encoder it needs is read from its contents, whatever its name. FaceID kinds "
+            "are refused.",
+            search_aliases=["ipadapter", "ip adapter", "instantstyle", "style transfer", "image prompt"],
+            inputs=[
+                folders.FileInput(
+                    "ipadapter_name",
+                    folders.IPADAPTERS,
+                    tooltip="A file in models/ipadapter, .safetensors or .bin. For style: ip-adapter_sdxl_vit-h with "
+                    "the ViT-H image encoder, or ip-adapter_sdxl with ViT-bigG.",
+                    mark="to_k_ip.weight",
+                )
+            ],
+            outputs=[IPAdapter.Output(display_name="ipadapter", tooltip="For Style Block Injector.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, ipadapter_name):
+        return folders.state(folders.IPADAPTERS, ipadapter_name)
+
+    @classmethod
+    def execute(cls, ipadapter_name) -> io.NodeOutput:
+        path = folders.find(folders.IPADAPTERS, ipadapter_name)
+        if path.endswith((".safetensors", ".sft")):
+            read_header(path)  # says what is wrong with a damaged file in better words than the library
+        adapter = recognise(ipadapter_name, comfy.utils.load_torch_file(path, safe_load=True))
+        logging.info("StyleLoom: %s is %s", ipadapter_name, adapter.label)
+        return io.NodeOutput(adapter)
+
+
+class EncodeStyleImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="StyleLoomEncodeStyleImage",
+            display_name="Encode Style Image",
+            category=CATEGORY_STYLE,
+            description="Encodes pictures like ComfyUI's CLIP Vision Encode, without losing what lies outside the "
+            "middle square, and brings along what plus adapters need for the negative side.",
+            search_aliases=["clip vision encode", "style reference", "encode image", "ipadapter", "image embedding"],
+            inputs=[
+                io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision: the encoder of your IP-Adapter."),
+                io.Image.Input("image", tooltip="The picture or pictures whose style you want, of any size."),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default="crop",
+                    tooltip="The encoder sees squares. crop: the one in the middle, as published. pad: the whole "
+                    "picture, smaller, with borders that the encoder takes for nothing. tiles: the whole picture as "
+                    "several squares, each of which counts as a reference.",
+                ),
+            ],
+            outputs=[
+                io.ClipVisionOutput.Output(
+                    display_name="encoded",
+                    tooltip="For Style Block Injector, Content Subtract, and whatever takes a CLIP vision output.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip_vision, image, fit) -> io.NodeOutput:
+        return io.NodeOutput(encode_picture(clip_vision, image, fit))
+
+
+class StyleBlockInjector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        style = io.Autogrow.TemplatePrefix(
+            io.ClipVisionOutput.Input(
+                "style",
+                tooltip="An encoded picture whose style you want, from Encode Style Image, Content Subtract or "
+                "ComfyUI's CLIP Vision Encode. A batch counts as several.",
+            ),
+            prefix="style",
+            min=1,
+            max=MAX_INPUTS,
+        )
+        return io.Schema(
+            node_id="StyleLoomStyleBlockInjector",
+            display_name="Style Block Injector",
+            category=CATEGORY_STYLE,
+            description="Gives a model the style of a picture, and not its content, by showing the picture only to the "
+            "layers that make style (InstantStyle). The layers that make the layout can be shown the same picture, or "
+            "another one.",
+            search_aliases=["instantstyle", "ipadapter", "style transfer", "style only", "composition", "reference"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SDXL, SD1.5 or Kolors model; the one given stays as it is."),
+                IPAdapter.Input("ipadapter", tooltip="From Load IP-Adapter."),
+                io.Autogrow.Input(
+                    "style",
+                    template=style,
+                    tooltip="Connect an encoded picture and another input appears. In the API: style.style0, …",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(blocks.PRESETS),
+                    default=blocks.STYLE,
+                    tooltip="Which layers see the picture. style: only those of style. layout: only those of layout. "
+                    "all: every one, as IP-Adapter itself does. custom: those in block_weights. IPAdapter Plus: the "
+                    "layers that the pack of that name chooses; they differ on SD1.5.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="How strongly the style acts; 0 is nothing. 1 is as published.",
+                ),
+                io.Float.Input(
+                    "layout_weight",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="The same for the layout, in preset style + layout, and in all when layout is connected.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="Another encoded picture, for the layers of the layout. Without it they see the pictures "
+                    "of style.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="An encoded picture to move away from, for example of the content that leaks. Without it "
+                    "the negative side sees an empty picture, as published.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the style acts: white everywhere, black nowhere. Any size."
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="When it begins to act: 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="When it ends: 1 is after the last step.",
+                ),
+                io.Combo.Input(
+                    "scaling",
+                    options=list(SCALINGS),
+                    default=SCALINGS[0],
+                    optional=True,
+                    tooltip="V: the weight scales what the picture adds, as published. K+V: it also sharpens or "
+                    "flattens where the layers look at the picture.",
+                ),
+                io.Combo.Input(
+                    "fusion",
+                    options=list(FUSIONS),
+                    default=FUSIONS[0],
+                    optional=True,
+                    tooltip="Several pictures. concat: the layers choose between all of them. average: their mean. one "
+                    "per picture: the first picture of a batch (or frame) gets the first, and so on.",
+                ),
+                io.String.Input(
+                    "block_weights",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Only for preset custom. For example: output 1: 1, input 8: 0.5. Blocks have ComfyUI's "
+                    "names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers (6).",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="A clone with the style, for the sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        ipadapter,
+        style,
+        preset,
+        weight,
+        layout_weight=1.0,
+        layout=None,
+        negative=None,
+        mask=None,
+        start_percent=0.0,
+        end_percent=1.0,
+        scaling=SCALINGS[0],
+        fusion=FUSIONS[0],
+        block_weights="",
+    ) -> io.NodeOutput:
+        if start_percent > end_percent:
+            raise StyleLoomError(
+                f"start_percent is {start_percent:g} and end_percent {end_percent:g}",
+                "a start before the end",
+                "Swap them, or set 0 and 1.",
+            )
+        references = [style[name] for name in sorted(style, key=lambda name: (len(name), name))]
+        references = [output for output in references if output is not None]
+        if not references:
+            raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
+        architecture = check_fit(model, ipadapter)
+        chosen = blocks.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights)
+        used = {whose for _, whose in chosen.values()}
+        if layout is not None and blocks.LAYOUT not in used:
+            logging.warning("StyleLoom: layout is connected, but preset %s shows it to no layer", preset)
+        if block_weights.strip() and preset != blocks.CUSTOM:
+            logging.warning("StyleLoom: block_weights count only in preset custom; preset is %s", preset)
+        if not chosen:
+            return io.NodeOutput(model)
+        pictures = {blocks.STYLE: references, blocks.LAYOUT: [layout]}
+        tokens = {whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)}
+        counts = {whose: made.shape[1] for whose, made in tokens.items()}
+        if fusion == EACH and len({*counts.values()} - {1}) > 1:
+            raise StyleLoomError(
+                f"style has {counts['style']} pictures and layout {counts['layout']}",
+                "one layout, or one for each style",
+                "Encode one layout picture, or as many as there are style pictures.",
+            )
+        steps = Steps(len(chosen))
+        layers = project(ipadapter, chosen, tokens, scaling, model.model.get_dtype_inference(), steps)
+        return io.NodeOutput(StyleAttention(layers, mask, start_percent, end_percent).install(model))
+
+
+def _tokens(adapter: Adapter, outputs: list, name: str, negative, fusion: str):
+    """Tokens of both sides; without a negative, what the encoder sees in an empty picture comes with the encoding."""
+    references = features(adapter, outputs, name)
+    if negative is not None:
+        other = features(adapter, [negative], "negative")
+    else:
+        empty = next((e for output in outputs if (e := getattr(output, "styleloom_empty", None)) is not None), None)
+        other = empty.to(references) if empty is not None and adapter.feature != "image_embeds" else None
+    made = fuse(adapter, references, other, fusion)
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return made

@@ -1,0 +1,256 @@
+"""Style Block Injector through the host's own samplers: schedule, regions, guiders, ControlNet, LoRA, interrupts."""
+
+from __future__ import annotations
+
+import pytest
+import style_oracle as oracle
+import torch
+from style_parts import adapters, blocks, encode, keys_values, models, vision  # noqa: F401  fixtures
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def sdxl(models):
+    return models["sdxl"][0]
+
+
+@pytest.fixture(scope="module")
+def prompts(run_node, models):
+    clip = models["sdxl"][1]
+    return [run_node("CLIPTextEncode", clip=clip, text=text)[0] for text in ("a red fox", "blurry")]
+
+
+@pytest.fixture(scope="module")
+def inject(run_node, adapters, encode):
+    def injected(model, seed=1, preset="style", weight=1.5, **options):
+        return run_node("StyleLoomStyleBlockInjector", model=model, ipadapter=adapters("base", "sdxl")[0],
+                        style={"style0": encode(seed)}, preset=preset, weight=weight, **options)[0]  # fmt: skip
+
+    return injected
+
+
+@pytest.fixture(scope="module")
+def sample(run_node, prompts):
+    def sampled(model, positive=None, negative=None, sampler="euler", batch=1, cfg=4.0):
+        latent = {"samples": torch.zeros(batch, 4, 16, 16)}
+        return run_node("KSampler", model=model, seed=1, steps=STEPS, cfg=cfg, sampler_name=sampler, scheduler="simple",
+                        positive=positive or prompts[0], negative=negative or prompts[1], latent_image=latent,
+                        denoise=1.0)[0]["samples"]  # fmt: skip
+
+    return sampled
+
+
+@pytest.fixture(scope="module")
+def planned(sdxl, adapters, encode):
+    """An oracle's plan in which `side(rows, n)` says which side each row is on, and at which weight."""
+    parts, unet = adapters("base", "sdxl")[1], sdxl.model.diffusion_model
+    cond = oracle.base_tokens(parts["image_proj"], encode(1).image_embeds)
+    uncond = oracle.base_tokens(parts["image_proj"], torch.zeros(1, 48))
+    numbers = oracle.numbers(unet)
+
+    def made(side, names=(("output", 1),)):
+        def at(number):
+            def rows(count, n):
+                sides, weight = side(count, n)
+                pairs = [keys_values(parts, number, cond if s else uncond) for s in sides]
+                return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs]), weight
+
+            return rows
+
+        return {layer: at(numbers[layer]) for layer in blocks(unet, *names)}
+
+    return made
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=2e-4 * float(b.abs().max()), rtol=1e-3)
+
+
+def negative_first(count, n):
+    """The host's usual batch: the negative side, then the positive one."""
+    return [row >= count // 2 for row in range(count)], 1.5
+
+
+def test_a_whole_run(sdxl, inject, sample, planned):
+    plain = sample(sdxl, batch=2)
+    made = sample(inject(sdxl), batch=2)
+    with oracle.injected(sdxl.model.diffusion_model, planned(negative_first)) as hit:
+        due = sample(sdxl, batch=2)
+    assert close(made, due) and not close(made, plain)
+    assert len(hit) == 70 and set(hit.values()) == {STEPS}
+    assert torch.equal(sample(sdxl, batch=2), plain)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "sampler"), [(0.0, 0.5, "euler"), (0.5, 1.0, "euler"), (0.0, 0.5, "heun"), (0.2, 0.2, "euler")]
+)
+def test_the_schedule(start, end, sampler, sdxl, inject, sample, planned):
+    """On and off by the sigma of each call of the UNet, also in samplers that call it between the steps."""
+    sampling = sdxl.get_model_object("model_sampling")
+    first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+    sigmas, unet = [], sdxl.model.diffusion_model
+
+    def spy(executor, x, t, *args, **kwargs):
+        sigmas.append(float(t[0]))
+        return executor(x, t, *args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    watched = sdxl.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+
+    def side(count, n):
+        return negative_first(count, n)[0], 1.5 if last <= sigmas[-1] <= first else 0.0
+
+    with oracle.injected(unet, planned(side)):
+        due = sample(watched, sampler=sampler)
+    on = [last <= sigma <= first for sigma in sigmas]
+    assert any(on) == (start < end) and not all(on)
+    made = sample(inject(sdxl, start_percent=start, end_percent=end), sampler=sampler)
+    assert close(made, due)
+    assert any(on) or torch.equal(made, sample(sdxl, sampler=sampler)), "switched off, nothing is there"
+
+
+def test_a_mask_meets_a_region(sdxl, run_node, inject, sample, planned, prompts):
+    """The positive side sees the right half of the picture only, and the mask's right half with it."""
+    region = run_node("ConditioningSetArea", conditioning=prompts[0], width=64, height=128, x=64, y=0, strength=1.0)[0]
+    mask = torch.linspace(0, 1, 16).expand(1, 16, 16).contiguous()
+
+    def side(count, n):
+        height = 8 if n in (64, 32) else 4
+        right = n in (32, 8)  # half as many tokens as the whole picture has
+        width = n // height
+        step = 16 // height
+        small = mask.reshape(1, height, step, height, step).mean((2, 4))
+        part = (small[..., height // 2 :] if right else small).reshape(1, n, 1).double()
+        assert part.shape[1] == height * width
+        return [right] * count, 1.5 * part
+
+    with oracle.injected(sdxl.model.diffusion_model, planned(side, [("output", 1), ("output", 4)])):
+        due = sample(sdxl, positive=region)
+    options = {"preset": "custom", "block_weights": "output 1: 1, output 4: 1"}
+    made = sample(inject(sdxl, mask=mask, **options), positive=region)
+    assert close(made, due)
+    assert not close(sample(inject(sdxl, **options), positive=region), due)
+
+
+def test_two_regions_in_one_batch(sdxl, run_node, inject, sample, planned, prompts):
+    """Both regions are positive, whatever their order in the batch."""
+    both = prompts[0] + prompts[1]
+
+    def side(count, n):
+        return [False] + [True] * 2 if count == 3 else pytest.fail(f"{count} rows"), 1.5
+
+    with oracle.injected(sdxl.model.diffusion_model, planned(side)):
+        due = sample(sdxl, positive=both)
+    assert close(sample(inject(sdxl), positive=both), due)
+
+
+def test_a_guider_that_numbers_its_sides_otherwise(sdxl, run_node, inject, planned, prompts):
+    """Dual CFG Guider puts the negative at place 0, where others have the positive."""
+    third = run_node("ConditioningAverage", conditioning_to=prompts[0], conditioning_from=prompts[1],
+                     conditioning_to_strength=0.5)[0]  # fmt: skip
+
+    def run(model):
+        guider = run_node("DualCFGGuider", model=model, cond1=prompts[0], cond2=third, negative=prompts[1],
+                          cfg_conds=4.0, cfg_cond2_negative=3.0, style="regular")[0]  # fmt: skip
+        noise = run_node("RandomNoise", noise_seed=1)[0]
+        sampler = run_node("KSamplerSelect", sampler_name="euler")[0]
+        sigmas = run_node("BasicScheduler", model=model, scheduler="simple", steps=STEPS, denoise=1.0)[0]
+        return run_node("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                        latent_image={"samples": torch.zeros(1, 4, 16, 16)})[0]["samples"]  # fmt: skip
+
+    orders = []
+
+    def spy(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        orders.append(list(options["cond_or_uncond"]))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    watched = sdxl.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    with oracle.injected(sdxl.model.diffusion_model, planned(lambda c, n: ([i != 0 for i in orders[-1]], 1.5))):
+        due = run(watched)
+    assert orders and all(sorted(order) == [0, 1, 2] for order in orders)
+    assert close(run(inject(sdxl)), due)
+
+
+def test_lora_at_once(sdxl, kit, run_node, inject, sample, planned):
+    """A LoRA on the very layers: ours takes q as it reaches the replacement."""
+    layers = kit.diffusion_files.kohya_layers(sdxl, "output_blocks_1_1")
+    g = torch.Generator().manual_seed(2)
+    lora = {}
+    for name, (wide, out) in layers.items():
+        lora |= {f"{name}.lora_down.weight": torch.randn(2, wide, generator=g) * 0.1,
+                 f"{name}.lora_up.weight": torch.randn(out, 2, generator=g) * 0.5}  # fmt: skip
+    with_lora = run_node("LoraModelLoader", model=sdxl, lora=lora, strength_model=1.0)[0]
+    with oracle.injected(sdxl.model.diffusion_model, planned(negative_first)):
+        due = sample(with_lora)
+    made = sample(inject(with_lora))
+    assert close(made, due) and not close(made, sample(inject(sdxl)))
+    after = run_node("LoraModelLoader", model=inject(sdxl), lora=lora, strength_model=1.0)[0]
+    assert torch.equal(sample(after), made)
+
+
+def test_control_is_left_alone(sdxl, kit, inject, sample, planned, prompts, run_node, host):
+    """A ControlNet has cross-attentions at the same places; the picture is not shown to them, as published."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    config = {k: v for k, v in sdxl.model.model_config.unet_config.items()
+              if k not in ("out_channels", "transformer_depth_output", "use_temporal_attention",
+                           "use_temporal_resblock", "disable_unet_model_creation")}  # fmt: skip
+    with torch.inference_mode(False):
+        net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config).eval()
+        kit.weights_fill.fill(net, 4)
+    control = comfy.controlnet.ControlNet(net, load_device=sdxl.load_device, manual_cast_dtype=None)
+    seen = []
+    for layer in (m for m in net.modules() if hasattr(m, "attn2")):
+        layer.attn2.register_forward_hook(lambda *_: seen.append(1))
+    positive, negative = run_node(
+        "ControlNetApplyAdvanced", positive=prompts[0], negative=prompts[1], control_net=control, strength=0.5,
+        image=torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1)), start_percent=0.0,
+        end_percent=1.0)[:2]  # fmt: skip
+    everywhere = [("input", n) for n in (4, 5, 7, 8)] + [("middle", 0)] + [("output", n) for n in range(6)]
+    with oracle.injected(sdxl.model.diffusion_model, planned(negative_first, everywhere)):
+        due = sample(sdxl, positive, negative)
+    plain, counted = sample(sdxl, positive, negative), len(seen)
+    made = sample(inject(sdxl, preset="all"), positive, negative)
+    assert counted and len(seen) == counted * 3 // 2, "each of the control net's own cross-attentions ran as before"
+    assert close(made, due) and not close(made, plain)
+
+
+def test_an_interrupt_leaves_nothing(sdxl, inject, sample, host):
+    from comfy.patcher_extension import WrappersMP
+
+    management = host.comfy.model_management
+    model = inject(sdxl, mask=torch.ones(1, 8, 8), start_percent=0.0, end_percent=0.9)
+    style = model.wrappers[WrappersMP.APPLY_MODEL]["styleloom_style"][0].__self__
+    before = sample(model)
+    assert style._cache == {} and style._negative == set() and style.mask._cache == {}
+    stopped = model.clone()
+
+    def stop(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        assert style._cache and style._negative
+        raise management.InterruptProcessingException()
+
+    stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "stop", stop)
+    with pytest.raises(management.InterruptProcessingException):
+        sample(stopped)
+    assert style._cache == {} and style._negative == set() and style.mask._cache == {}
+    assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit(dtype, sdxl, inject, sample):
+    """The keys and values follow the queries: computed in 16 bit, the picture moves like in 32."""
+    low = sdxl.clone()
+    low.set_model_compute_dtype(dtype)
+    plain, styled = sample(low), sample(inject(low))
+    assert styled.isfinite().all()
+    moved, due = styled - plain, sample(inject(sdxl)) - sample(sdxl)
+    assert float(torch.nn.functional.cosine_similarity(moved.flatten(), due.flatten(), dim=0)) > 0.95

@@ -1,0 +1,140 @@
+"""Block tables, custom weights, tokens of several references, keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from styleloom.weights.errors import StyleLoomError
+from styleloom.weights.ip_adapter import blocks
+from styleloom.weights.ip_adapter.blocks import SD15, SDXL, choose, parse_custom
+from styleloom.weights.ip_adapter.formats import recognise
+from styleloom.weights.ip_adapter.keys_values import COND, UNCOND, fuse, project
+from styleloom.weights.ip_adapter.projections import image_tokens
+
+
+def test_the_published_counts_and_numbers():
+    assert (len(SDXL.layers), len(SD15.layers)) == (70, 16)
+    numbers = SDXL.file_numbers
+    assert sorted(numbers.values()) == list(range(1, 140, 2))
+    # First and last keys of blocks, from running the published files' layout (down, up, middle; every second).
+    assert [numbers["input", 8, i] for i in (0, 9)] == [29, 47]
+    assert [numbers["output", 1, i] for i in (0, 9)] == [69, 87]
+    assert [numbers["middle", 0, i] for i in (0, 9)] == [121, 139]
+    assert SD15.file_numbers["middle", 0, 0] == 31 and SD15.file_numbers["output", 3, 0] == 13
+
+
+def test_presets_count_their_layers():
+    counts = {p: len(choose(SDXL, p, 1, 1, False, "all")) for p in blocks.PRESETS if p != blocks.CUSTOM}
+    assert list(counts.values()) == [10, 10, 20, 70, 10, 10, 20]
+    counts = {p: len(choose(SD15, p, 1, 1, False)) for p in blocks.PRESETS if p != blocks.CUSTOM}
+    assert list(counts.values()) == [3, 3, 6, 16, 11, 2, 13]
+
+
+def test_whose_picture_at_which_weight():
+    plan = choose(SDXL, "style + layout", 0.8, 0.3, True)
+    assert plan["output", 1, 4] == (0.8, "style") and plan["input", 8, 0] == (0.3, "layout")
+    assert choose(SDXL, "style + layout", 0.8, 0.3, False)["input", 8, 0] == (0.3, "style")
+    assert choose(SDXL, "layout", 0.8, 0.3, True)["input", 8, 0] == (0.8, "layout")
+    assert choose(SDXL, "all", 0.8, 0.3, True)["middle", 0, 0] == (0.8, "style")
+    assert choose(SDXL, "all", 0.8, 0.3, True)["input", 8, 9] == (0.3, "layout")
+    assert choose(SD15, "IPAdapter Plus: layout", 0.8, 0.3, False)["input", 7, 0] == (0.2, "style")
+    assert choose(SDXL, "style", 0.0, 1.0, True) == {}
+    assert set(choose(SDXL, "style + layout", 0.0, 1.0, True)) == {("input", 8, i) for i in range(10)}
+    with pytest.raises(StyleLoomError, match="preset is 'x'"):
+        choose(SDXL, "x", 1, 1, False)
+
+
+def test_custom_names():
+    by_host = parse_custom(SDXL, "output 1: 1.5\ninput_8 = 0.25")
+    assert by_host == parse_custom(SDXL, "6:1.5, 3:0.25") == parse_custom(
+        SDXL, "up_blocks.0.attentions.1: 1.5; down_blocks.2.attentions.1: .25")  # fmt: skip
+    assert len(by_host) == 20 and by_host["output", 1, 9] == 1.5
+    one = parse_custom(SDXL, "output 1: 1, OUTPUT 1 3: -2, middle: 0.5")
+    assert one["output", 1, 3] == -2 and one["output", 1, 2] == 1 and one["middle", 0, 0] == 0.5
+    chosen = choose(SDXL, "custom", 2.0, 9.0, True, "output 1: 0.5, input 8: 1, middle: 0")
+    assert chosen["output", 1, 0] == (1.0, "style") and chosen["input", 8, 0] == (2.0, "layout") and len(chosen) == 20
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "output 9: 1", "output 1", "output 1: much", "input 8 12: 1", "11: 1"])
+def test_custom_names_that_are_none(text):
+    with pytest.raises(StyleLoomError, match="block_weights") as error:
+        parse_custom(SDXL, text)
+    assert "output 1" in error.value.expected
+
+
+# --- tokens, keys, values: one linear adapter of tiny width, by hand
+
+
+def adapter(seed=0, width=6, cross=10, tokens=3, out=8):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    proj = {"proj.weight": draw(tokens * cross, width), "proj.bias": draw(tokens * cross), "norm.weight": draw(cross),
+            "norm.bias": draw(cross)}  # fmt: skip
+    ip = {f"{n}.to_{part}_ip.weight": draw(out, cross) for n in SD15.file_numbers.values() for part in "kv"}
+    return recognise("small", {"image_proj": proj, "ip_adapter": ip})
+
+
+def attend(q, k, v):
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
+
+
+def test_fusion():
+    a = adapter()
+    z = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    each = image_tokens(a, z)
+    empty = image_tokens(a, torch.zeros(1, 6))
+    q = torch.randn(1, 5, 10, generator=torch.Generator().manual_seed(2))
+
+    made = fuse(a, z, None, "concat")
+    assert made.shape == (2, 1, 9, 10) and torch.allclose(made[COND, 0], each.flatten(0, 1), atol=1e-6)
+    # Repeated tokens are the same attention.
+    assert torch.allclose(attend(q, made[UNCOND], made[UNCOND]), attend(q, empty, empty), atol=1e-5)
+
+    made = fuse(a, z, z[:2], "concat")
+    assert made.shape == (2, 1, 18, 10)
+    both = each[:2].flatten(0, 1)[None]
+    assert torch.allclose(attend(q, made[UNCOND], made[UNCOND]), attend(q, both, both), atol=1e-5)
+    all_three = each.flatten(0, 1)[None]
+    assert torch.allclose(attend(q, made[COND], made[COND]), attend(q, all_three, all_three), atol=1e-5)
+
+    made = fuse(a, z, z[:2], "average")
+    assert torch.allclose(made[COND], image_tokens(a, z.mean(0, keepdim=True)), atol=1e-6)
+    assert torch.allclose(made[UNCOND], image_tokens(a, z[:2].mean(0, keepdim=True)), atol=1e-6)
+
+    made = fuse(a, z, None, "one per picture")
+    assert torch.allclose(made[COND], each, atol=1e-6)
+    assert torch.allclose(made[UNCOND], empty.expand(3, -1, -1), atol=1e-6)
+    with pytest.raises(StyleLoomError, match="negative has 2 pictures and style 3"):
+        fuse(a, z, z[:2], "one per picture")
+    with pytest.raises(StyleLoomError, match="empty batch"):
+        fuse(a, z[:0], None, "concat")
+
+
+@pytest.mark.parametrize("scaling", ["V", "K+V"])
+def test_the_weight_is_in_the_values(scaling):
+    a = adapter()
+    tokens = torch.randn(2, 1, 3, 10, generator=torch.Generator().manual_seed(3))
+    layer = ("output", 3, 0)
+    k, v = project(a, {layer: (0.6, "style")}, {"style": tokens}, scaling, torch.float32)[layer]
+    wk, wv = a.layers[SD15.file_numbers[layer]]
+    q = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(4))
+    plain_k = tokens @ wk.T * (0.6 if scaling == "K+V" else 1.0)
+    due = 0.6 * attend(q, plain_k, tokens @ wv.T)
+    assert torch.allclose(attend(q, k, v), due, atol=1e-5)
+
+
+def test_damaged_values_are_named():
+    a = adapter()
+    a.layers[13][1].view(-1)[3] = float("nan")
+    tokens = {"style": torch.ones(2, 1, 3, 10)}
+    with pytest.raises(StyleLoomError, match="13.to_v_ip.weight gives values that are not finite"):
+        project(a, {("output", 3, 0): (1.0, "style")}, tokens)
+    assert project(a, {("output", 4, 0): (1.0, "style")}, tokens), "a layer that is not used is not looked at"
+    a.projection["proj.bias"][0] = float("inf")
+    with pytest.raises(StyleLoomError, match="image tokens of small are not finite"):
+        image_tokens(a, torch.zeros(1, 6))
+    with pytest.raises(StyleLoomError, match=r"image_embeds is \[1, 7\]"):
+        image_tokens(a, torch.zeros(1, 7))

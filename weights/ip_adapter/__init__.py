@@ -1,0 +1,1 @@
+"""IP-Adapters: file formats, image projections, block tables, keys and values."""

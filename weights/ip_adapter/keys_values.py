@@ -1,0 +1,132 @@
+"""Image tokens do not change while sampling, so their keys and values are made once, for the layers in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import StyleLoomError
+from ..parallel import each_alone
+from .blocks import LAYOUT, STYLE, Layer
+from .formats import BASE, Adapter
+from .projections import image_tokens
+
+CONCAT, AVERAGE, EACH = "concat", "average", "one per picture"
+FUSIONS = (CONCAT, AVERAGE, EACH)
+V_ONLY, K_AND_V = "V", "K+V"
+SCALINGS = (V_ONLY, K_AND_V)
+
+UNCOND, COND = 0, 1  # places in the first axis below; the host runs the negative side first
+
+
+class KeysValues(NamedTuple):
+    """Of one layer: k and v (2, pictures, tokens, width), first axis `UNCOND`, `COND`; pictures 1 unless one each."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def fuse(adapter: Adapter, references: torch.Tensor, negative: torch.Tensor | None, fusion: str) -> torch.Tensor:
+    """Tokens of both sides of guidance from features.
+
+    Args:
+        references: features of the reference pictures, first axis the pictures.
+        negative: features for the unconditional side. None: kind base takes zeros in the place of the embedding, as
+            published; the other kinds need the features of an empty picture.
+        fusion: concat puts the tokens of all references side by side; average takes the mean of the features; one per
+            picture keeps them apart.
+
+    Returns:
+        (2, pictures, tokens, cross) fp32. Where one side has fewer tokens than the other, its tokens are repeated,
+        which leaves an attention over them as it is.
+
+    Raises:
+        StyleLoomError: no reference, no features for the unconditional side, numbers that do not fit one per picture.
+    """
+    if not len(references):
+        raise StyleLoomError("style is an empty batch", "at least one encoded picture", "Look at the node before.")
+    if negative is None:
+        if adapter.kind != BASE:
+            raise StyleLoomError(
+                f"{adapter.name} is a {adapter.kind} adapter, and what it does without a picture is not known",
+                "for the negative side of guidance, the encoding of an empty picture",
+                "Encode the style with Encode Style Image, which brings it along; or connect an encoded empty (or "
+                "unwanted) picture to negative.",
+            )
+        negative = references.new_zeros(1, adapter.width)
+    if fusion == AVERAGE:
+        references, negative = (t.float().mean(0, keepdim=True) for t in (references, negative))
+    elif fusion == EACH and len(negative) not in (1, len(references)):
+        raise StyleLoomError(
+            f"negative has {len(negative)} pictures and style {len(references)}",
+            "one negative, or one for each",
+            "Connect one negative picture, or choose another fusion.",
+        )
+    both = torch.cat([references.float(), negative.to(references.device, torch.float32)])
+    cond, uncond = image_tokens(adapter, both).split([len(references), len(negative)])
+    if fusion == EACH:
+        return torch.stack([uncond.expand_as(cond), cond])
+    cond, uncond = (t.flatten(0, 1)[None] for t in (cond, uncond))
+    length = math.lcm(cond.shape[1], uncond.shape[1])
+    return torch.stack([t.repeat(1, length // t.shape[1], 1) for t in (uncond, cond)])
+
+
+def project(
+    adapter: Adapter,
+    chosen: Mapping[Layer, tuple[float, str]],
+    tokens: Mapping[str, torch.Tensor],
+    scaling: str = V_ONLY,
+    dtype: torch.dtype = torch.float16,
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[Layer, KeysValues]:
+    """K = W_k·t and V = W_v·t, the weight multiplied in: w·softmax(QKᵀ)V = softmax(QKᵀ)(wV).
+
+    Args:
+        chosen: from `blocks.choose`.
+        tokens: by picture ("style", "layout"), each (2, pictures, tokens, cross) fp32, on the device to compute on.
+        scaling: V, or K+V, which also multiplies K: sharper or flatter attention.
+        dtype: of the result; computed in fp32 and rounded once.
+        on_layer: called after each.
+
+    Returns:
+        Layer → keys and values on the CPU.
+
+    Raises:
+        StyleLoomError: NaN or infinity, in the file or by rounding.
+    """
+    numbers = adapter.architecture.file_numbers
+
+    def one(layer: Layer) -> KeysValues:
+        weight, whose = chosen[layer]
+        source, made = tokens[whose], []
+        for name, matrix in zip("kv", adapter.layers[numbers[layer]]):
+            result = F.linear(source, matrix.to(source.device, torch.float32))
+            if name == "v" or scaling == K_AND_V:
+                result = result * weight
+            result = result.to("cpu", dtype)
+            if not bool(result.isfinite().all()):
+                raise StyleLoomError(
+                    f"{adapter.name}: {numbers[layer]}.to_{name}_ip.weight gives values that are not finite in "
+                    f"{str(dtype).removeprefix('torch.')}",
+                    "finite numbers",
+                    "The file is damaged (download it again), or the weight is far too high.",
+                )
+            made.append(result)
+        return KeysValues(*made)
+
+    done = {}
+    # On the CPU the time goes into reading the matrices, which threads with one each do best; a GPU has its own order.
+    on_cpu = all(t.device.type == "cpu" for t in tokens.values())
+    with each_alone(one, chosen) if on_cpu else nullcontext(map(one, chosen)) as results:
+        for layer, result in zip(chosen, results):
+            done[layer] = result
+            on_layer()
+    return done
+
+
+__all__ = ["COND", "FUSIONS", "LAYOUT", "SCALINGS", "STYLE", "UNCOND", "KeysValues", "fuse", "project"]
