@@ -20,7 +20,7 @@ def model(run_node):
 
 @pytest.fixture(scope="module")
 def lora(run_node):
-    return run_node("StyleLoomLoadLoRA", lora_name="kit/sdxl_style.safetensors")[0]
+    return run_node("StyleLoomLoadLoRA", lora_name="kit/sdxl_paper.safetensors")[0]
 
 
 def patched(run_node, model, lora, preset, **options):

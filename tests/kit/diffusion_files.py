@@ -32,7 +32,7 @@ def kohya_layers(patcher, contains: str = "attn") -> dict[str, tuple[int, int]]:
     return dict(layers.values())
 
 
-def write_sdxl_lora(path: str | os.PathLike, rank: int = 8, seed: int = 0, relative: float = 0.3,
+def write_attention_lora(path: str | os.PathLike, rank: int = 8, seed: int = 0, relative: float = 0.3,
                     recipe: str = "") -> Path:
     """Writes a LoRA on every attention of `diffusion.sdxl_small`, in kohya's naming, as SDXL's style LoRAs are."""
     from . import diffusion

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .diffusion_files import write_flux2, write_sdxl_lora
+from .diffusion_files import write_flux2, write_attention_lora
 from .encoder_files import write_dinov3, write_siglip2
 from .ip_adapter_files import write_ip_adapter
 from .lora_files import write_bias_lora
@@ -33,7 +33,7 @@ FILES: dict[str, tuple[Callable[..., Path], dict]] = {
     "i2l/kit/siglip2_small.safetensors": (write_siglip2, {"hidden": SIGLIP_WIDTH, "layers": 2, "seed": 5}),
     "i2l/kit/dinov3_small.safetensors": (write_dinov3, {"hidden": DINO_WIDTH, "layers": 2, "seed": 6}),
     "loras/kit/qwen_image_i2l_bias.safetensors": (write_bias_lora, {"width": 32, "mlp_width": 128, "seed": 7}),
-    "loras/kit/sdxl_style.safetensors": (write_sdxl_lora, {"seed": 8}),
+    "loras/kit/sdxl_paper.safetensors": (write_attention_lora, {"seed": 8}),
     "diffusion_models/kit/flux2_small.safetensors": (write_flux2, {"seed": 0}),
     "ipadapter/kit/ip_adapter_sdxl_small.safetensors": (write_ip_adapter, {"loud": 3.0, "seed": 8}),
 }
