@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .factors import Factors
@@ -51,3 +53,31 @@ def concatenate(pairs: list[Factors], scales: list[float]) -> Factors:
     else:
         down = torch.cat([p.down * scale for p, scale in zip(pairs, scales)])
     return Factors(down, torch.cat([p.up for p in pairs], dim=1))
+
+
+class ThinSVD(NamedTuple):
+    """`up · diag(values) · down`: up (out, k) with orthonormal columns, values (k,) falling, down (k, in) with
+    orthonormal rows; k is the numerical rank."""
+
+    down: torch.Tensor
+    values: torch.Tensor
+    up: torch.Tensor
+
+    def pair(self) -> Factors:
+        """Factors with the root of the values on each side, which is what half precision keeps best."""
+        root = self.values.sqrt()
+        return Factors(root[:, None] * self.down, self.up * root)
+
+
+def thin_svd(down: torch.Tensor, up: torch.Tensor, drop: float = 1e-6) -> ThinSVD:
+    """The SVD of `up @ down`, by two QR decompositions and the SVD of a rank × rank matrix.
+
+    Args:
+        down: (rank, in). up: (out, rank). Float32 or float64.
+        drop: directions below this share of the largest singular value are left out (they are rounding).
+    """
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    k = int((s > drop * s[0]).sum()) if s.numel() and float(s[0]) > 0 else 0
+    return ThinSVD(vh[:k] @ q_down.T, s[:k], q_up @ u[:, :k])

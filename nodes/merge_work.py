@@ -1,0 +1,86 @@
+"""The course of a ZipRank merge, from two LORA_MODELs to the merged one, its report and its picture."""
+
+from __future__ import annotations
+
+from ..weights.errors import StyleLoomError
+from ..weights.lora.writing import write_lora
+from ..weights.merge import words
+from ..weights.merge.fast import assemble, prepare, solve_fast
+from ..weights.merge.layers import align, all_targets, check_sizes, pass_other
+from ..weights.merge.priors import layer_prior
+from . import merge_picture
+from .host.model_targets import model_targets
+
+FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
+
+
+class ZipRank:
+    """One merge. `prepare`, then `run`; `merged` holds the layers afterwards."""
+
+    def __init__(self, content, style, model, clip, mode: str, settings: dict):
+        self.tensors, self.model, self.clip, self.mode, self.settings = (content, style), model, clip, mode, settings
+        self.strengths = (settings["content_strength"], settings["style_strength"])
+        self.losses: list[float] = []
+        self.notes: list[str] = []
+        if mode != FAST:
+            self._check_needs()
+        self.known = model_targets(model, clip)
+        self.loras = [self.known.read(lora, name) for lora, name in zip(self.tensors, ("content_lora", "style_lora"))]
+        align(self.loras, self.known.weight_shape)
+        check_sizes(self.loras, self.known.weight_shape)
+        self.family = self.known.family or self.loras[0].family
+        self.prior, note = layer_prior(settings["prior"], self.family, settings.get("custom_prior", ""))
+        if note:
+            self.notes.append(note)
+
+    def _check_needs(self) -> None:
+        lacking = [name for name in ("model", "clip") if getattr(self, name) is None]
+        if lacking:
+            raise StyleLoomError(
+                f"mode {self.mode} without {' and '.join(lacking)}",
+                "the base model and its text encoder",
+                "Connect model and clip of the checkpoint that both LoRAs were trained on, or use the mode fast.",
+            )
+
+    def prepare(self, steps) -> None:
+        """Bring all shared layers into the gauge. `steps`: class of the progress counter."""
+        count = steps(len(all_targets(self.loras)))
+        self.prepared = prepare(*self.loras, self.strengths, count)
+        for lora, empty in zip(self.loras, self.prepared.empty):
+            if empty:
+                self.notes.append(f"{lora.label}: {empty} layers change nothing (untrained, or strength 0)")
+
+    def run(self):
+        """(LORA_MODEL, report, IMAGE)."""
+        masks = self._masks()
+        self.merged = assemble(self.prepared, masks, self.settings["max_rank"])
+        other = pass_other(self.loras, list(self.strengths), self.notes)
+        sources = [words.describe(*item) for item in zip(self.loras, self.tensors, self.strengths)]
+        recipe = {
+            "node": "ZipRank Merge",
+            "mode": self.mode,
+            "separation": self.settings["separation"],
+            "prior": self.settings["prior"],
+            "keep_strength": self.settings.get("keep_strength", True),
+            "max_rank": self.settings["max_rank"],
+            "loras": sources,
+            "effective_ranks": words.effective_ranks(self.merged),
+        }
+        if self.settings["prior"] == "custom":
+            recipe["custom_prior"] = self.settings["custom_prior"]
+        recipe |= self._more()
+        meta = words.metadata(recipe, self.family, self.merged)
+        lora = write_lora(self.merged.adapters, other, self.loras, self.family, self.known.key_map, meta)
+        head = f"ZipRank Merge, {self.mode}: separation {self.settings['separation']:g}, prior {self.settings['prior']}"
+        lines = [head, *words.ingredient_lines(self.loras, sources), *words.result_lines(self.loras, self.merged)]
+        lines += self.notes + [f"Note: {line}" for line in self.merged.warnings]
+        kept = {target: report.kept for target, report in self.merged.reports.items()}
+        titles = ["content: share kept of each layer", "style: share kept of each layer"]
+        return lora, "\n".join(lines), merge_picture.draw(titles, kept, head, self.losses)
+
+    def _masks(self):
+        keep = self.settings.get("keep_strength", True)
+        return solve_fast(self.prepared, self.prior, self.settings["separation"], keep)
+
+    def _more(self) -> dict:
+        return {}
