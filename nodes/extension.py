@@ -9,6 +9,7 @@ from .i2l_encoders import EncodeReferences, GrayReferences, LoadImageEncoders
 from .i2l_predictor import ImageToLoRA, LoadPredictor
 from .i2l_references import LoadReferences, SaveReferences
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
+from .merge_loras import MergeLoRAs
 from .ziprank_merge import ZipRankMerge
 
 
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveLoRA,
     ApplyLoRA,
     ZipRankMerge,
+    MergeLoRAs,
 ]
 
 

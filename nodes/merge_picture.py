@@ -27,6 +27,11 @@ def place(target: Hashable) -> tuple[str, str]:
     return block, layer
 
 
+def _natural(name: str) -> list:
+    """Sorts numbers in names by their value: input_blocks.4 before input_blocks.10, input before middle and output."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def colour(value: float) -> tuple[int, int, int]:
     """0 → dark, 1 and above → light."""
     position = min(max(value, 0.0), 1.0) * (len(_SCALE) - 1)
@@ -46,14 +51,14 @@ def _panel(pen, font, small, title: str, cells, columns, rows, x0: int, y0: int,
 
 def _marks(pen, small, columns: list[str], x0: int, y: int, cw: int) -> None:
     """Under the last panel: the names of the parts, at the first block of each."""
-    last, free = None, [0.0, 0.0]
+    last, free = None, [0.0, 0.0, 0.0]
     for i, column in enumerate(columns):
         part = column.split(".transformer_blocks")[0]
         if part == last:
             continue
         last, x = part, x0 + i * cw
-        line = 0 if x >= free[0] else 1
-        if x < free[line]:
+        line = next((k for k, taken in enumerate(free) if x >= taken), None)
+        if line is None:
             continue
         pen.line((x, y + 2, x, y + 8 + 14 * line), fill=_FAINT)
         pen.text((x + 2, y + 6 + 14 * line), part, font=small, fill=_FAINT)
@@ -72,7 +77,7 @@ def draw(
         losses: of a training run, drawn under the panels.
     """
     places = {target: place(target) for target in kept}
-    columns = list(dict.fromkeys(block for block, _ in places.values()))[:_MAX_COLUMNS]
+    columns = sorted({block for block, _ in places.values()}, key=_natural)[:_MAX_COLUMNS]
     rows = list(dict.fromkeys(layer for _, layer in places.values()))
     small, font, large = (ImageFont.load_default(size=size) for size in (12, 16, 20))
     left = 24 + int(max((small.getlength(row) for row in rows), default=0)) + 8
@@ -99,7 +104,7 @@ def draw(
     pen.text((bar + 20, 92), "all kept", font=small, fill=_INK)
     pen.text((bar + 20, 92 + tall), "none", font=small, fill=_INK, anchor="lb")
     if curve:
-        loss_curve(pen, small, list(losses), (left, bottom + 50, left + max(360, cw * len(columns)), bottom + 40 + curve))
+        loss_curve(pen, small, list(losses), (left, bottom + 56, left + max(360, cw * len(columns)), bottom + 44 + curve))
     return to_image(picture)
 
 
@@ -114,7 +119,8 @@ def loss_curve(pen: ImageDraw.ImageDraw, font, losses: list[float], box: tuple[i
         for i, loss in enumerate(losses)
     ]
     pen.line(points, fill=(40, 90, 160), width=2)
-    pen.text((x0 + 4, y0 + 2), f"loss {losses[0]:.4g} to {losses[-1]:.4g}, lowest {low:.4g}", font=font, fill=_INK)
+    text = f"loss {losses[0]:.4g} to {losses[-1]:.4g}, lowest {low:.4g}"
+    pen.text((x1 - 6, y0 + 4), text, font=font, fill=_INK, anchor="ra")
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

@@ -28,7 +28,7 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (r"\.set_weight", "set_weight"),
     (r"\.reshape_weight", "reshape_weight"),
     (r"\.oft_blocks|\.oft_diag|\.oft_R(?:\.[^.]+)?\.weight|\.rescale", "oft"),
-    (r"\.([ab][12])(?:\.weight)", "glora"),
+    (r"\.[ab][12]\.weight", ""),
 )
 _KEY = re.compile("|".join(f"(?P<e{i}>{pattern})$" for i, (pattern, _) in enumerate(_ENDINGS)))
 

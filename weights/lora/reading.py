@@ -75,7 +75,7 @@ def _common_dtype(tensors) -> torch.dtype:
 
 
 def _refuse_strange(label: str, stem: str, parts: Mapping[str, str]) -> None:
-    for part, name in (("oft", "an OFT or BOFT"), ("glora", "a GLoRA")):
+    for part, name in (("oft", "an OFT or BOFT"), ("a1.weight", "a GLoRA"), ("b1.weight", "a GLoRA")):
         if part in parts:
             raise StyleLoomError(
                 f"{label}: {stem} is {name} adapter",

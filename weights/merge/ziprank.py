@@ -67,10 +67,12 @@ def stack(each: list[Moments]) -> Moments:
 def _best_in_box(h11, h12, h22, g1, g2, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """argmin ½ xᵀHx − gᵀx over [0, 1]², for many 2 × 2 systems at once: the interior, else the best of four edges.
 
-    The ridge, relative to the trace, picks the smallest solution where two directions are the same.
+    The ridge, relative to each diagonal entry, pulls towards the plain sum (1, 1): it decides where two directions are
+    the same, and is nothing elsewhere.
     """
-    slack = ridge * (h11 + h22) + torch.finfo(h11.dtype).tiny
-    h11, h22 = h11 + slack, h22 + slack
+    tiny = torch.finfo(h11.dtype).tiny
+    slack1, slack2 = ridge * h11 + tiny, ridge * h22 + tiny
+    h11, h22, g1, g2 = h11 + slack1, h22 + slack2, g1 + slack1, g2 + slack2
     det = h11 * h22 - h12 * h12
     a, b = (g1 * h22 - g2 * h12) / det, (g2 * h11 - g1 * h12) / det
     inside = (a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)
