@@ -82,7 +82,7 @@ def result_lines(loras: list[CanonicalLoRA], merged: MergedLayers) -> list[str]:
         lines.append(f"overlap of the inputs: {overlap:.3f} (mean squared cosine; by chance about {chance:.3f})")
     loss, plain = mean(r.loss for r in reports), mean(r.loss_sum for r in reports)
     if loss is not None:
-        lines.append(f"own-input loss: {loss:.4f} (plain sum: {plain:.4f})")
+        lines.append(f"own-input loss: {loss:.4f}" + ("" if plain is None else f" (plain sum: {plain:.4f})"))
     energy = mean(r.energy for r in reports)
     if energy is not None:
         lines.append(f"energy that the rank limit keeps: {100 * energy:.2f} %")
