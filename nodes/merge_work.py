@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from ..weights.errors import StyleLoomError
+from ..weights.lora.adapters import LowRank
+from ..weights.lora.algebra import truncate
 from ..weights.lora.writing import write_lora
 from ..weights.merge import words
+from ..weights.merge.calibrated import routed, solve_calibrated
 from ..weights.merge.fast import assemble, prepare, solve_fast
+from ..weights.merge.gauge import sides
 from ..weights.merge.layers import align, all_targets, check_sizes, pass_other
+from ..weights.merge.measure import own_input
 from ..weights.merge.priors import layer_prior
-from . import merge_picture
+from . import merge_picture, merge_runs
 from .host.model_targets import model_targets
 
 FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
@@ -54,6 +59,8 @@ class ZipRank:
         """(LORA_MODEL, report, IMAGE)."""
         masks = self._masks()
         self.merged = assemble(self.prepared, masks, self.settings["max_rank"])
+        if self.mode == CALIBRATED and self.settings["solver"] == "router" and masks is not None:
+            self._route()
         other = pass_other(self.loras, list(self.strengths), self.notes)
         sources = [words.describe(*item) for item in zip(self.loras, self.tensors, self.strengths)]
         recipe = {
@@ -79,8 +86,43 @@ class ZipRank:
         return lora, "\n".join(lines), merge_picture.draw(titles, kept, head, self.losses)
 
     def _masks(self):
-        keep = self.settings.get("keep_strength", True)
-        return solve_fast(self.prepared, self.prior, self.settings["separation"], keep)
+        keep, separation = self.settings.get("keep_strength", True), self.settings["separation"]
+        if self.mode == FAST or self.prepared.moments is None:
+            return solve_fast(self.prepared, self.prior, separation, keep)
+        if self.mode == CALIBRATED:
+            self.measured = merge_runs.measure(self)
+            start = solve_fast(self.prepared, self.prior, 1.0, False)
+            return solve_calibrated(self.prepared, self.measured, self.prior, separation, keep, start)
+        start = solve_fast(self.prepared, self.prior, separation, keep)
+        trained, masks = merge_runs.learn(self, start)
+        self.losses = trained.losses
+        if trained.losses:
+            self.notes.append(
+                f"loss: {trained.losses[0]:.5g} at the first step, {trained.losses[-1]:.5g} at the last of "
+                f"{len(trained.losses)}; the masks of step {trained.best_step} are used"
+            )
+        if trained.stopped is not None:
+            self.notes.append(
+                f"Stopped at step {trained.stopped} of {self.settings['steps']}: the best masks so far are kept."
+            )
+        return masks
+
+    def _route(self) -> None:
+        """Replace the masked layers by routed ones (calibrated, solver router)."""
+        for index, target in enumerate(self.prepared.targets):
+            gauge, weights = self.prepared.gauges[index], self.prior(target)
+            made = routed(gauge, self.measured[index], *weights, self.settings["separation"])
+            if self.settings["max_rank"]:
+                made = truncate(made, self.settings["max_rank"])
+            self.merged.adapters[target] = LowRank(made.down, made.up, self.prepared.kernels[index])
+            report = self.merged.reports[target]
+            own = [own_input(made, side) for side in sides(gauge)]
+            report.rank, report.effective = made.rank, ()
+            report.kept, report.loss = tuple(gain for gain, _ in own), sum(loss for _, loss in own) / 2
 
     def _more(self) -> dict:
-        return {}
+        if self.mode == FAST:
+            return {}
+        names = ["content_prompt", "style_prompt", "seed", "size", "calibration_steps"]
+        names += ["solver"] if self.mode == CALIBRATED else ["steps", "learning_rate", "cycle_weight", "prior_weight"]
+        return {name: self.settings[name] for name in names}

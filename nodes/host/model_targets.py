@@ -24,9 +24,18 @@ class ModelTargets:
     roots: tuple = ()
 
     def read(self, lora, label: str) -> CanonicalLoRA:
-        """`read_lora`, after the host's own conversions of foreign formats."""
-        tensors = lora if self.key_map is None else comfy.lora_convert.convert_lora(dict(lora))
-        return read_lora(tensors, label, self.key_map)
+        """`read_lora`, after the host's own conversions of foreign formats. What the key map names and the model has
+        not (it knows a skip convolution for every block, for example) counts as unknown."""
+        if self.key_map is None:
+            return read_lora(lora, label)
+        found = read_lora(comfy.lora_convert.convert_lora(dict(lora)), label, self.key_map)
+        shape = self.weight_shape
+        for target in list(found.adapters):
+            key = target[0] if isinstance(target, tuple) else target
+            if key.startswith("diffusion_model.") and shape(key) is None:
+                del found.adapters[target]
+                found.unknown.append(found.stems.pop(target))
+        return found
 
     @property
     def weight_shape(self):

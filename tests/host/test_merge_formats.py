@@ -17,11 +17,19 @@ def models(kit):
             made[name] = kit.architectures.make(name)[0]
         return made[name]
 
-    return model
+    yield model
+    made.clear()
+    _STATES.clear()
 
 
-def weights(model):
-    return {key: value for key, value in model.model.state_dict().items() if key.endswith("weight") and value.ndim > 1}
+_STATES = {}
+
+
+def state_of(model):
+    """Its weights by name; asked for once, as collecting them takes a second."""
+    if id(model) not in _STATES:
+        _STATES[id(model)] = (model, model.model.state_dict())
+    return _STATES[id(model)][1]
 
 
 def random(seed, *shape):
@@ -52,7 +60,7 @@ def adapter(kind, stem, shape, seed):
 def applied(host, model, lora, strength=1.0):
     """What the host's loader makes of a LoRA: the change of each whole weight."""
     patches = host.comfy.lora.load_lora(dict(lora), host.comfy.lora.model_lora_keys_unet(model.model, {}))
-    state = model.model.state_dict()
+    state = state_of(model)
     found = {}
     for target, patch in patches.items():
         key, offset = (target, None) if isinstance(target, str) else target[:2]
@@ -61,8 +69,8 @@ def applied(host, model, lora, strength=1.0):
     return found
 
 
-def stems(host, model, per_target=1):
-    """One name of each target that the host knows: dotted ones too, so that slices of fused weights are met."""
+def stems(host, model):
+    """The first name of each target that the host knows, slices of fused weights among them."""
     found = {}
     for name, target in host.comfy.lora.model_lora_keys_unet(model.model, {}).items():
         found.setdefault(target, name)
@@ -71,7 +79,7 @@ def stems(host, model, per_target=1):
 
 def shape_of(model, target):
     key, cut = (target, None) if isinstance(target, str) else target[:2]
-    shape = list(model.model.state_dict()[key].shape)
+    shape = list(state_of(model)[key].shape)
     if cut is not None:
         shape[cut[0]] = cut[2]
     return shape
@@ -80,7 +88,8 @@ def shape_of(model, target):
 def sample(host, model, count=24):
     """Some targets: slices first, then whole weights spread over the model, one of each key."""
     known = {t: n for t, n in stems(host, model).items()
-             if (t if isinstance(t, str) else t[0]).endswith("weight") and len(shape_of(model, t)) in (2, 4)
+             if (t if isinstance(t, str) else t[0]) in state_of(model)
+             and (t if isinstance(t, str) else t[0]).endswith("weight") and len(shape_of(model, t)) in (2, 4)
              and min(shape_of(model, t)[:2]) >= 4 and shape_of(model, t)[0] % 2 == 0 and shape_of(model, t)[1] % 2 == 0}
     slices = [t for t in known if not isinstance(t, str)][:9]
     fused = {t[0] for t in slices}
@@ -89,8 +98,11 @@ def sample(host, model, count=24):
     return {t: known[t] for t in slices + whole[::step][:count]}
 
 
-@pytest.mark.parametrize("kind", ["lora", "peft", "loha", "lokr", "tucker"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+CASES = [(name, kind) for name in ARCHITECTURES for kind in ("lora", "peft", "loha", "lokr", "tucker")
+         if kind != "tucker" or name.startswith("sd")]  # the others have no convolution
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_sum_is_what_the_host_applies(name, kind, host, run_node, models):
     model = models(name)
     lora = {}
@@ -99,11 +111,8 @@ def test_a_sum_is_what_the_host_applies(name, kind, host, run_node, models):
         if kind == "tucker" and len(shape) != 4:
             continue
         lora |= adapter(kind, stem, shape, 10 * i)
-    if not lora:
-        pytest.skip("no convolution in this architecture")
-    half = {key: value for i, (key, value) in enumerate(lora.items())}
     due = applied(host, model, lora, 1.5)
-    merged, report, _ = run_node("StyleLoomMergeLoRAs", loras={"lora0": lora, "lora1": half}, strengths="1, 0.5",
+    merged, report, _ = run_node("StyleLoomMergeLoRAs", loras={"lora0": lora, "lora1": lora}, strengths="1, 0.5",
                                  method="sum", model=model)
     found = applied(host, model, merged)
     assert set(found) == set(due), report
@@ -175,4 +184,5 @@ def test_text_encoders_with_clip_and_without(host, run_node, kit, models):
     results = [run_node("StyleLoomMergeLoRAs", loras={"lora0": lora, "lora1": lora}, method="average", **more)[0]
                for more in ({}, {"model": model}, {"model": model, "clip": clip})]
     assert all(set(found) == set(lora) for found in results)
-    assert "3 patches" in run_node("StyleLoomApplyLoRA", model=model, clip=clip, lora=results[0], strength=1.0)[2] or True
+    said = run_node("StyleLoomApplyLoRA", model=model, clip=clip, lora=results[0], strength=1.0)[2]
+    assert "1 of 3 patches" in said and "2 patches on the text encoder" in said

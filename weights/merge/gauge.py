@@ -64,3 +64,13 @@ def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
     q, d = qh.T.contiguous(), d.clamp(0.0, 1.0)
     _settle(up_c, up_s, p, q, d)
     return Gauge(up_c @ p, p.T @ content.down, up_s @ q, q.T @ style.down, d)
+
+
+def sides(gauge: Gauge) -> tuple[ThinSVD, ThinSVD]:
+    """Content and style of a gauge as `up · diag(values) · down` with orthonormal rows of `down`; the columns of `up` have
+    length 1 but need not be orthogonal."""
+    found = []
+    for up, down in ((gauge.up_c, gauge.down_c), (gauge.up_s, gauge.down_s)):
+        size = up.norm(dim=0)
+        found.append(ThinSVD(down, size, up / size.clamp_min(torch.finfo(up.dtype).tiny)))
+    return tuple(found)
