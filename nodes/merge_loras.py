@@ -25,7 +25,9 @@ class MergeLoRAs(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         loras = io.Autogrow.TemplatePrefix(
-            LoRA.Input("lora", tooltip="A LoRA from Load LoRA File; all for one base model, ranks and formats may differ."),
+            LoRA.Input(
+                "lora", tooltip="A LoRA from Load LoRA File; all for one base model, ranks and formats may differ."
+            ),
             prefix="lora",
             min=2,
             max=MAX_INPUTS,

@@ -1,4 +1,5 @@
-"""A merge as a picture: for each LoRA, how much of it is left in every layer, block by block; under it the loss curve."""
+"""A merge as a picture: for each LoRA, how much of it is left in every layer, block by block; under it the loss
+curve."""
 
 from __future__ import annotations
 
@@ -104,7 +105,9 @@ def draw(
     pen.text((bar + 20, 92), "all kept", font=small, fill=_INK)
     pen.text((bar + 20, 92 + tall), "none", font=small, fill=_INK, anchor="lb")
     if curve:
-        loss_curve(pen, small, list(losses), (left, bottom + 56, left + max(360, cw * len(columns)), bottom + 44 + curve))
+        loss_curve(
+            pen, small, list(losses), (left, bottom + 56, left + max(360, cw * len(columns)), bottom + 44 + curve)
+        )
     return to_image(picture)
 
 

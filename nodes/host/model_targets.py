@@ -1,5 +1,5 @@
-"""What a merge must know of the model: its names, which spelling its LoRAs are written in, and the sizes of its weights.
-"""
+"""What a merge must know of the model: its names, which spelling its LoRAs are written in, and the sizes of its
+weights."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 One batched pass of the model makes every term of a step: the merged LoRA on a content and on a style picture, held
 against what each LoRA alone makes of them. Those teachers do not depend on the masks, so they are computed once for a
-few noised pictures and kept. With the Constyle cycle, two more rows in the same pass add the other concept (with the merged
-network), and a second pass takes it away again with the LoRA of the picture's own concept: two passes with gradient.
+few noised pictures and kept. With the Constyle cycle, two more rows in the same pass add the other concept (with the
+merged network), and a second pass takes it away again with the LoRA of the picture's own concept: two passes with
+gradient.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ def test_spellings_that_the_host_does_not_know(name, form, host, run_node, model
     for i, dotted in enumerate(chosen):
         stem = dotted.removesuffix(".weight")
         out, inner = shape_of(model, f"diffusion_model.{known[dotted]}")
-        lora |= {form.format(stem) + f".lora_A.default.weight": random(i, 2, inner),
-                 form.format(stem) + f".lora_B.default.weight": random(i + 1, out, 2)}
+        lora |= {form.format(stem) + ".lora_A.default.weight": random(i, 2, inner),
+                 form.format(stem) + ".lora_B.default.weight": random(i + 1, out, 2)}
         due[f"diffusion_model.{known[dotted]}"] = random(i + 1, out, 2) @ random(i, 2, inner)
     merged, _, _ = run_node("StyleLoomMergeLoRAs", loras={"lora0": lora, "lora1": lora}, strengths="1, 0", model=model)
     found = applied(host, model, merged)

@@ -124,7 +124,9 @@ def _lora(parts, stem: str) -> LowRank:
     return LowRank(down, up * scale if scale != 1.0 else up, kernel)
 
 
-def _face_split(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _face_split(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(a b) ∘ (c d) = up·down with up[:, (i,j)] = a[:, i] c[:, j] and down[(i,j), :] = b[i] d[j]."""
     up = (a[:, :, None] * c[:, None, :]).flatten(1)
     down = (b[:, None, :] * d[None, :, :]).flatten(0, 1)

@@ -34,8 +34,8 @@ class Factors(NamedTuple):
 class LoRAModel(dict):
     """A LORA_MODEL: the host's plain dict of tensors in LoRA-file keys, which also remembers its recipe.
 
-    `metadata` holds strings for the header of a file, `source` is the name of the file that it was read from, if it was.
-    Consumers that know nothing of them see a dict.
+    `metadata` holds strings for the header of a file, `source` is the name of the file that it was read from, if it
+    was. Consumers that know nothing of them see a dict.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Names in LoRA files: which tensor of which adapter a key is, which weight it belongs to, and what to call it when
 it is written.
 
-Facts about spellings: kohya (`lora_unet_…`, `.lora_down/.lora_up/.alpha`), diffusers and PEFT (`.lora_A/.lora_B`, with an
-adapter's name in between or not, `base_model.model.`, `unet.`, doubled `unet.unet.`), the older diffusers
+Facts about spellings: kohya (`lora_unet_…`, `.lora_down/.lora_up/.alpha`), diffusers and PEFT (`.lora_A/.lora_B`, with
+an adapter's name in between or not, `base_model.model.`, `unet.`, doubled `unet.unet.`), the older diffusers
 (`.processor.to_q_lora.down`), LyCORIS (`hada_`, `lokr_`), and the block numbers of SDXL in both of its namings.
 """
 
@@ -14,7 +14,10 @@ from collections.abc import Hashable, Iterator, Mapping
 
 # Endings of a key, and what the tensor is. An adapter's own name may stand between `lora_A` and `weight` (PEFT).
 _ENDINGS: tuple[tuple[str, str], ...] = (
-    (r"\.lora_(?:down|A)(?:\.[^.]+)?\.weight|\.lora_A|\.lora(?:_linear_layer)?\.down\.weight|_lora\.down\.weight", "down"),
+    (
+        r"\.lora_(?:down|A)(?:\.[^.]+)?\.weight|\.lora_A|\.lora(?:_linear_layer)?\.down\.weight|_lora\.down\.weight",
+        "down",
+    ),
     (r"\.lora_(?:up|B)(?:\.[^.]+)?\.weight|\.lora_B|\.lora(?:_linear_layer)?\.up\.weight|_lora\.up\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),
     (r"\.alpha", "alpha"),
@@ -162,7 +165,8 @@ _CLIP_LEAVES = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in ("k", "q"
 
 @functools.cache
 def clip_key_map() -> dict[str, str]:
-    """Names of the layers of the two CLIP text encoders of SDXL (SD1.5 has the first) → weight, as the host calls it."""
+    """Names of the layers of the two CLIP text encoders of SDXL (SD1.5 has the first) → weight, as the host calls
+    it."""
     found = {}
     for tower, depth, flat, dotted in (
         ("clip_l", 12, ("lora_te_", "lora_te1_"), ("text_encoder.", "")),

@@ -20,8 +20,9 @@ class CanonicalLoRA:
     """What a LoRA file says, independent of its spelling.
 
     label: what messages call it. adapters: low-rank change by target. other: full differences, biases and norms by
-    (target, part), as they are. stems: the file's own name of each target. unknown: keys that found no place. kinds: how
-    many adapters of which kind. family: 'sdxl' where the built-in map recognised it, else ''. dtype: of its tensors.
+    (target, part), as they are. stems: the file's own name of each target. unknown: keys that found no place. kinds:
+    how many adapters of which kind. family: 'sdxl' where the built-in map recognised it, else ''. dtype: of its
+    tensors.
     """
 
     label: str
@@ -151,7 +152,10 @@ def _take(result: CanonicalLoRA, target: Hashable, stem: str, parts: Mapping[str
     for part in _ALONE:
         if part in parts:
             if not bool(parts[part].float().isfinite().all()):
-                raise StyleLoomError(f"{result.label}: {stem}.{part} holds NaN or infinity", "finite numbers",
-                                     "The file is damaged: download it again.")
+                raise StyleLoomError(
+                    f"{result.label}: {stem}.{part} holds NaN or infinity",
+                    "finite numbers",
+                    "The file is damaged: download it again.",
+                )
             result.other[(target, part)] = parts[part]
             result.kinds["difference"] = result.kinds.get("difference", 0) + 1

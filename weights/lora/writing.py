@@ -31,8 +31,8 @@ def write_lora(
 ) -> LoRAModel:
     """A LORA_MODEL of low-rank changes.
 
-    SDXL and SD1.5 are written as kohya does (`lora_unet_….lora_up/.lora_down/.alpha`, alpha = rank, so the scale is 1 and
-    every layer has a rank of its own), as are LoRAs whose names no map knows and that came in that spelling;
+    SDXL and SD1.5 are written as kohya does (`lora_unet_….lora_up/.lora_down/.alpha`, alpha = rank, so the scale is 1
+    and every layer has a rank of its own), as are LoRAs whose names no map knows and that came in that spelling;
     everything else as `….lora_A/.lora_B` without alpha.
 
     Args:

@@ -4,9 +4,9 @@ With H_k = V X_k X_kᵀ Vᵀ for the stacked rows V of both LoRAs, G_k = (UᵀU)
 
     f(z) = p_c (z − e_c)ᵀ G_c (z − e_c) + p_s (z − e_s)ᵀ G_s (z − e_s),   z in [0, 1]
 
-and only R × R numbers a layer are kept of a run (never a d_in × d_in covariance). The inputs of a UNet have a large part
-in common, which would pull all masks to the average, and the text layers see only 77 tokens: so each measured Gram is
-mixed with the projector of the file, and has a ridge relative to its trace.
+and only R × R numbers a layer are kept of a run (never a d_in × d_in covariance). The inputs of a UNet have a large
+part in common, which would pull all masks to the average, and the text layers see only 77 tokens: so each measured
+Gram is mixed with the projector of the file, and has a ridge relative to its trace.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def solve_box(system: torch.Tensor, right: torch.Tensor, start: torch.Tensor, ro
     return z
 
 
-def solve_layer(
-    gauge: Gauge, grams: tuple[torch.Tensor, torch.Tensor], p_c: float, p_s: float, start: Masks
-) -> Masks:
+def solve_layer(gauge: Gauge, grams: tuple[torch.Tensor, torch.Tensor], p_c: float, p_s: float, start: Masks) -> Masks:
     """The masks of one layer at γ = 1. A prior of 0 leaves that LoRA out.
 
     Args:

@@ -67,8 +67,8 @@ def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
 
 
 def sides(gauge: Gauge) -> tuple[ThinSVD, ThinSVD]:
-    """Content and style of a gauge as `up · diag(values) · down` with orthonormal rows of `down`; the columns of `up` have
-    length 1 but need not be orthogonal."""
+    """Content and style of a gauge as `up · diag(values) · down` with orthonormal rows of `down`; the columns of `up`
+    have length 1 but need not be orthogonal."""
     found = []
     for up, down in ((gauge.up_c, gauge.down_c), (gauge.up_s, gauge.down_s)):
         size = up.norm(dim=0)

@@ -1,7 +1,7 @@
 """NP-LoRA (arXiv 2511.11051): content is kept out of the inputs that style reads.
 
-L = L_s + L_c (I − μ/(1 + μ) V_sᵀ V_s), with the orthonormal rows V_s of the style LoRA. With more than two LoRAs, each is
-kept out of the inputs of all that come after it.
+L = L_s + L_c (I − μ/(1 + μ) V_sᵀ V_s), with the orthonormal rows V_s of the style LoRA. With more than two LoRAs, each
+is kept out of the inputs of all that come after it.
 """
 
 from __future__ import annotations

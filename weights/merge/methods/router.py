@@ -4,9 +4,9 @@ L = U M V with the factors of all LoRAs side by side. The best M for Σ_k p_k �
 
     M = (Σ p_k E_k H_k) (Σ p_k H_k + ρ I)⁻¹,   H_k = V X_k X_kᵀ Vᵀ
 
-and goes into `up`. From the files alone, X_k X_kᵀ is the projector onto row space k; calibrated, H_k is measured. It always
-fits better than masks, and exaggerates by up to 1/(1 − cos²) where inputs are nearly parallel: hence the ridge ρ,
-relative to the mean of the diagonal.
+and goes into `up`. From the files alone, X_k X_kᵀ is the projector onto row space k; calibrated, H_k is measured. It
+always fits better than masks, and exaggerates by up to 1/(1 − cos²) where inputs are nearly parallel: hence the ridge
+ρ, relative to the mean of the diagonal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ...lora.factors import Factors
 from .common import Options, stacked
 
 
-def route(grams: list[torch.Tensor], sizes: list[int], ridge: float, weights: list[float] | None = None) -> torch.Tensor:
+def route(
+    grams: list[torch.Tensor], sizes: list[int], ridge: float, weights: list[float] | None = None
+) -> torch.Tensor:
     """M (R, R) float64.
 
     Args:
