@@ -91,9 +91,9 @@ class ZipRank:
             return solve_fast(self.prepared, self.prior, separation, keep)
         if self.mode == CALIBRATED:
             self.measured = merge_runs.measure(self)
-            start = solve_fast(self.prepared, self.prior, 1.0, False)
+            start = solve_fast(self.prepared, self.prior, 1.0, False, limit=1.0)
             return solve_calibrated(self.prepared, self.measured, self.prior, separation, keep, start)
-        start = solve_fast(self.prepared, self.prior, separation, keep)
+        start = solve_fast(self.prepared, self.prior, separation, keep, limit=1.0)
         trained, masks = merge_runs.learn(self, start)
         self.losses = trained.losses
         if trained.losses:

@@ -18,7 +18,7 @@ from .fast import Prepared, prior_columns
 from .gauge import Gauge
 from .methods.router import route
 from .priors import Prior
-from .ziprank import Masks, keep_strength
+from .ziprank import Masks, keep_strength, separated
 
 MIX, RIDGE = 0.2, 1e-2  # share of the file's own Gram; of the trace over R
 
@@ -75,7 +75,7 @@ def solve_layer(gauge: Gauge, grams: tuple[torch.Tensor, torch.Tensor], p_c: flo
     e_c = torch.cat((torch.ones_like(start.content), torch.zeros_like(start.style)))
     one, two = own * grams[0], own * grams[1]
     system, right = p_c * one + p_s * two, p_c * one @ e_c + p_s * two @ (1 - e_c)
-    z = solve_box(system, right, torch.cat(tuple(start)))
+    z = solve_box(system, right, torch.cat(start[:2]))
     return Masks(z[:r_c], z[r_c:])
 
 
@@ -105,8 +105,8 @@ def solve_calibrated(
     if keep:
         raised = keep_strength(prepared.moments, masks)
         alone = (p_c == 0) | (p_s == 0)
-        masks = Masks(*(torch.where(alone, old, new) for old, new in zip(masks, raised)))
-    return Masks(*(1 + separation * (mask - 1) for mask in masks))
+        masks = Masks(*(torch.where(alone, old, new) for old, new in zip(masks[:2], raised)))
+    return separated(masks, separation)
 
 
 def routed(

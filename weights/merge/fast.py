@@ -15,7 +15,7 @@ from ..parallel import each_alone
 from .gauge import Gauge, principal_gauge
 from .layers import LayerReport, MergedLayers, all_targets
 from .priors import Prior
-from .ziprank import Masks, Moments, build, masks_at, moments, own_loss, ridge_for, stack
+from .ziprank import MAX_TURN, Masks, Moments, build, gains, masks_at, moments, own_loss, ridge_for, stack
 
 DROP = 1e-4  # directions below this share of a layer's largest are noise of training: their inputs prove nothing
 SHARED_INIT = 0.8  # mean squared cosine above which the LoRAs must have started from the same random `down`
@@ -38,7 +38,9 @@ class Prepared:
     def layer_masks(self, masks: Masks, index: int) -> Masks:
         """The masks of one layer, without what fills them up."""
         gauge = self.gauges[index]
-        return Masks(masks.content[index, : gauge.up_c.shape[1]], masks.style[index, : gauge.up_s.shape[1]])
+        n = gauge.cosines.numel()
+        turns = (None if turn is None else turn[index, :n] for turn in masks[2:])
+        return Masks(masks.content[index, : gauge.up_c.shape[1]], masks.style[index, : gauge.up_s.shape[1]], *turns)
 
     def ones(self) -> Masks:
         return Masks(torch.ones_like(self.moments.alpha), torch.ones_like(self.moments.beta))
@@ -94,13 +96,15 @@ def prepare(
     return result
 
 
-def solve_fast(prepared: Prepared, prior: Prior, separation: float, keep: bool) -> Masks | None:
-    """The closed form for every shared layer at once; None where nothing is shared."""
+def solve_fast(
+    prepared: Prepared, prior: Prior, separation: float, keep: bool, limit: float = MAX_TURN
+) -> Masks | None:
+    """The closed form for every shared layer at once; None where nothing is shared. `limit` 1: masks alone."""
     if prepared.moments is None:
         return None
     p_c, p_s = prior_columns(prepared, prior)
     ridge = ridge_for(prepared.gauges[0].up_c.dtype)
-    return masks_at(prepared.moments, p_c, p_s, separation, keep, ridge)
+    return masks_at(prepared.moments, p_c, p_s, separation, keep, ridge, limit)
 
 
 def prior_columns(prepared: Prepared, prior: Prior) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,18 +142,19 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
 
 def _report(prepared: Prepared, masks: Masks, result: MergedLayers) -> None:
     m = prepared.moments
-    kept = []
-    for mask, power in ((masks.content, m.alpha), (masks.style, m.beta)):
-        sizes = power.sqrt()
-        kept.append(((mask * sizes).sum(-1) / sizes.sum(-1)).tolist())
+    kept = [share.tolist() for share in gains(m, masks)]
     loss, plain = own_loss(m, masks).tolist(), own_loss(m, prepared.ones()).tolist()
     for index, (target, gauge) in enumerate(zip(prepared.targets, prepared.gauges)):
-        mine = prepared.layer_masks(masks, index)
+        mine, n = prepared.layer_masks(masks, index), gauge.cosines.numel()
+        on_content, _, _, on_style = mine.seen(gauge.cosines.double())
         inputs = gauge.down_c.shape[1]
         result.reports[target] = LayerReport(
             rank=result.adapters[target].rank,
             kept=(kept[0][index], kept[1][index]),
-            effective=(float(mine.content.sum()), float(mine.style.sum())),
+            effective=(
+                float(on_content.sum() + mine.content[n:].sum()),
+                float(on_style.sum() + mine.style[n:].sum()),
+            ),
             overlap=float(gauge.cosines.double().square().mean()),
             chance=min(1.0, max(gauge.up_c.shape[1], gauge.up_s.shape[1]) / inputs),
             loss=loss[index],

@@ -17,8 +17,8 @@ WeightShape = Callable[[str], tuple[int, ...] | None]
 
 @dataclass
 class LayerReport:
-    """What became of one target: rank in the file; for ZipRank, how much of each LoRA is kept (mean of its mask,
-    weighted by size), the effective ranks Σm, mean squared cosine, and own-input losses."""
+    """What became of one target: rank in the file, how much of each LoRA is left on its own inputs (`kept`); for ZipRank
+    the effective ranks (sums of what is left of each direction) and the mean squared cosine; own-input losses."""
 
     rank: int = 0
     kept: tuple[float | None, ...] = ()

@@ -21,7 +21,7 @@ class MaskVector:
 
     def __init__(self, prepared: Prepared, masks: Masks):
         self.sizes = [(gauge.up_c.shape[1], gauge.up_s.shape[1]) for gauge in prepared.gauges]
-        parts = [torch.cat(tuple(prepared.layer_masks(masks, i))) for i in range(len(self.sizes))]
+        parts = [torch.cat(prepared.layer_masks(masks, i)[:2]) for i in range(len(self.sizes))]
         self.start = torch.cat(parts).float()
         m = prepared.moments
         powers = [torch.cat((m.alpha[i, :a], m.beta[i, :b])).sqrt() for i, (a, b) in enumerate(self.sizes)]
