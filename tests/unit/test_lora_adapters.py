@@ -124,6 +124,25 @@ def test_ranks_at_both_ends(rank):
     assert torch.allclose(svd.up * svd.values @ svd.down, up @ down, atol=2e-3 * rank**0.5)
 
 
+@QUICK
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([1.0, 1e-2, 1e-3, 1e-6, 0.0]), st.floats(1e-4, 1e4))
+def test_the_svd_of_a_product_in_float32(seed, rank, spread, scale):
+    """Well and badly conditioned factors, against float64; orthonormal on both sides whichever way is taken."""
+    make = Made(seed)
+    sizes = torch.linspace(1, spread, rank, dtype=F64)
+    down, up = scale * sizes[:, None] * make(rank, 20), make(15, rank)
+    if rank > 2:
+        down[-1] = down[0] + spread * down[-1]
+    svd = thin_svd(down.float(), up.float())
+    due = up @ down
+    k = svd.values.numel()
+    assert torch.allclose(svd.down @ svd.down.T, torch.eye(k), atol=2e-5)
+    assert torch.allclose(svd.up.T @ svd.up, torch.eye(k), atol=2e-5)
+    assert ((svd.up * svd.values @ svd.down).double() - due).norm() <= 2e-6 * due.norm() * rank
+    exact = torch.linalg.svdvals(due)[:k]
+    assert bool(((svd.values.double() - exact).abs() <= 2e-6 * rank * exact[0]).all())
+
+
 def test_zero_has_rank_zero():
     assert thin_svd(torch.randn(3, 4), torch.zeros(5, 3)).values.numel() == 0
 

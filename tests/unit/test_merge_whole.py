@@ -7,10 +7,12 @@ import torch
 from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.lora.reading import read_lora
 from styleloom.weights.lora.writing import write_lora
+from styleloom.weights.merge.calibrated import solve_calibrated
 from styleloom.weights.merge.fast import assemble, prepare, solve_fast
 from styleloom.weights.merge.layers import align, check_sizes, pass_other
 from styleloom.weights.merge.many import merge_many
 from styleloom.weights.merge.methods import METHODS, Options
+from styleloom.weights.merge.objective import MaskVector
 from styleloom.weights.merge.priors import layer_prior
 
 Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
@@ -150,3 +152,26 @@ def test_a_slice_needs_the_model():
     whole = product(loras[0].adapters["qkv.weight"])
     assert torch.equal(whole[:4], dense(lora("transformer.q", size=(4, 16)), "transformer.q"))
     assert not whole[4:].any()
+
+
+@pytest.mark.parametrize("separation", [0.0, 0.6, 1.0])
+def test_calibration_without_measurements_is_the_masks_alone(separation):
+    _, prepared, _ = merge(lora(Q, K, rank=4), lora(Q, K, rank=3, seed=1))
+    prior = layer_prior("none", "sdxl")[0]
+    start = solve_fast(prepared, prior, 1.0, False, limit=1.0)
+    nothing = [(None, None)] * len(prepared.targets)
+    found = solve_calibrated(prepared, nothing, prior, separation, True, start)
+    due = solve_fast(prepared, prior, separation, True, limit=1.0)
+    assert torch.allclose(found.content, due.content, atol=1e-3) and torch.allclose(found.style, due.style, atol=1e-3)
+
+
+def test_masks_as_one_vector_and_back():
+    _, prepared, _ = merge(lora(Q, K, rank=4), lora(Q, K, rank=3, seed=1))
+    masks = solve_fast(prepared, layer_prior("soft", "sdxl")[0], 0.7, True, limit=1.0)
+    vector = MaskVector(prepared, masks)
+    again = vector.masks(vector.start, masks)
+    assert torch.allclose(again.content, masks.content, atol=1e-6) and torch.allclose(again.style, masks.style, atol=1e-6)
+    m, shares = prepared.moments, vector.shares(vector.start)
+    for i in range(2):
+        due = float((masks.content[i] * m.alpha[i].sqrt()).sum() / m.alpha[i].sqrt().sum())
+        assert abs(float(shares[i, 0]) - due) < 1e-5

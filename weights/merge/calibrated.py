@@ -100,7 +100,8 @@ def solve_calibrated(
         grams = tuple(mixed(found, own) for found, own in zip(measured[index], file))
         mine = prepared.layer_masks(start, index)
         found = solve_layer(gauge, grams, float(p_c[index]), float(p_s[index]), mine)
-        content[index, : found.content.numel()], style[index, : found.style.numel()] = found
+        content[index, : found.content.numel()] = found.content
+        style[index, : found.style.numel()] = found.style
     masks = Masks(content, style)
     if keep:
         raised = keep_strength(prepared.moments, masks)
