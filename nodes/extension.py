@@ -12,7 +12,9 @@ from .i2l_predictor import ImageToLoRA, LoadPredictor
 from .i2l_references import LoadReferences, SaveReferences
 from .lora_blocks import LoRABlockFilter
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
+from .merge_loras import MergeLoRAs
 from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
+from .ziprank_merge import ZipRankMerge
 
 
 NODES: list[type[io.ComfyNode]] = [
@@ -34,6 +36,8 @@ NODES: list[type[io.ComfyNode]] = [
     StyleBlockInjector,
     ContentSubtract,
     LoRABlockFilter,
+    ZipRankMerge,
+    MergeLoRAs,
 ]
 
 

@@ -48,7 +48,7 @@ class LoadLoRA(io.ComfyNode):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
         tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         check_lora(tensors, lora_name)
-        return io.NodeOutput(LoRAModel(tensors, metadata))
+        return io.NodeOutput(LoRAModel(tensors, metadata, lora_name))
 
 
 class SaveLoRA(io.ComfyNode):

@@ -68,7 +68,7 @@ def _made(adapter) -> list[tuple[int, int | None]]:
     return []
 
 
-def _weight(roots: Iterable, key: str):
+def weight_at(roots: Iterable, key: str):
     """The parameter of that name in the first module that has it, else None. Its shape is the logical one also where a
     quantised layer would write another into its state dict."""
     for root in roots:
@@ -85,7 +85,7 @@ def _check_shape(roots: Iterable, target, adapter) -> str:
     """What is wrong with the place or the shape of a patch, or ''. The host only logs such a patch when it comes to it,
     and goes on without."""
     key, part = (target[0], target[1]) if isinstance(target, tuple) else (target, None)
-    weight = _weight(roots, key)
+    weight = weight_at(roots, key)
     if weight is None:
         return f"there is no {key} to patch"  # a bias of a layer without one, for example
     forms = _made(adapter)
@@ -132,6 +132,12 @@ def find_module(root: torch.nn.Module, name: str) -> torch.nn.Module | None:
         return None
 
 
+def host_key_map(model, clip) -> dict:
+    """Every name that the host knows for a weight of a MODEL, and of a CLIP if there is one → its target."""
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    return key_map if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
+
+
 def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
     """The host's patches for a LoRA, each checked to have a place and the size of it.
 
@@ -148,9 +154,7 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
     Raises:
         StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches.
     """
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
+    key_map = host_key_map(model, clip)
     converted = comfy.lora_convert.convert_lora(dict(lora))
     stems = {key: _stem(key, key_map) for key in converted}
     unknown = [key for key, stem in stems.items() if stem is None]

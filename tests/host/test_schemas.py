@@ -134,6 +134,24 @@ API = {
          ("outside", "FLOAT", REQUIRED), ("patterns", "STRING", OPTIONAL)],
         [("lora", "LORA_MODEL"), ("report", "STRING")],
     ),
+    "StyleLoomZipRankMerge": (
+        "ZipRank Merge",
+        [("content_lora", "LORA_MODEL", REQUIRED), ("style_lora", "LORA_MODEL", REQUIRED), ("mode", "COMBO", REQUIRED),
+         ("separation", "FLOAT", REQUIRED), ("content_strength", "FLOAT", REQUIRED),
+         ("style_strength", "FLOAT", REQUIRED), ("prior", "COMBO", REQUIRED), ("max_rank", "INT", REQUIRED),
+         ("model", "MODEL", OPTIONAL), ("clip", "CLIP", OPTIONAL), ("content_prompt", "STRING", OPTIONAL),
+         ("style_prompt", "STRING", OPTIONAL), ("steps", "INT", OPTIONAL), ("learning_rate", "FLOAT", OPTIONAL),
+         ("content_latents", "LATENT", OPTIONAL), ("style_latents", "LATENT", OPTIONAL),
+         ("cycle_weight", "FLOAT", OPTIONAL), ("seed", "INT", OPTIONAL)],
+        [("lora", "LORA_MODEL"), ("report", "STRING"), ("masks", "IMAGE")],
+    ),
+    "StyleLoomMergeLoRAs": (
+        "Merge LoRAs",
+        [("loras", "COMFY_AUTOGROW_V3", REQUIRED), ("strengths", "STRING", REQUIRED), ("method", "COMBO", REQUIRED),
+         ("max_rank", "INT", REQUIRED), ("energy", "FLOAT", REQUIRED), ("seed", "INT", REQUIRED),
+         ("model", "MODEL", OPTIONAL), ("clip", "CLIP", OPTIONAL)],
+        [("lora", "LORA_MODEL"), ("report", "STRING"), ("masks", "IMAGE")],
+    ),
 }
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from .diffusion_files import write_flux2, write_attention_lora
 from .encoder_files import write_dinov3, write_siglip2
 from .ip_adapter_files import write_ip_adapter
-from .lora_files import write_bias_lora
+from .lora_files import write_bias_lora, write_sdxl_lora
 from .predictor_files import write_predictor
 from .seeded import written_recipe
 
-VERSION = 4  # raise it when a writer changes: every file is then written anew
+VERSION = 5  # raise it when a writer changes: every file is then written anew
 
 SIGLIP_WIDTH, DINO_WIDTH = 96, 128
 IN_DIM = SIGLIP_WIDTH + DINO_WIDTH
@@ -34,6 +34,8 @@ FILES: dict[str, tuple[Callable[..., Path], dict]] = {
     "i2l/kit/dinov3_small.safetensors": (write_dinov3, {"hidden": DINO_WIDTH, "layers": 2, "seed": 6}),
     "loras/kit/qwen_image_i2l_bias.safetensors": (write_bias_lora, {"width": 32, "mlp_width": 128, "seed": 7}),
     "loras/kit/sdxl_paper.safetensors": (write_attention_lora, {"seed": 8}),
+    "loras/kit/sdxl_content.safetensors": (write_sdxl_lora, {"role": "content", "seed": 8}),
+    "loras/kit/sdxl_style.safetensors": (write_sdxl_lora, {"role": "style", "seed": 8, "alpha": 4.0}),
     "diffusion_models/kit/flux2_small.safetensors": (write_flux2, {"seed": 0}),
     "ipadapter/kit/ip_adapter_sdxl_small.safetensors": (write_ip_adapter, {"loud": 3.0, "seed": 8}),
 }

@@ -34,12 +34,16 @@ class Factors(NamedTuple):
 class LoRAModel(dict):
     """A LORA_MODEL: the host's plain dict of tensors in LoRA-file keys, which also remembers its recipe.
 
-    `metadata` holds strings for the header of a file. Consumers that know nothing of it see a dict.
+    `metadata` holds strings for the header of a file, `source` is the name of the file that it was read from, if it
+    was. Consumers that know nothing of them see a dict.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor] = (), metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor] = (), metadata: Mapping[str, str] | None = None, source: str = ""
+    ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
+        self.source = source
 
 
 def to_lora_model(factors: Mapping[str, Factors], metadata: Mapping[str, str] | None = None) -> LoRAModel:

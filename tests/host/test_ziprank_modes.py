@@ -1,0 +1,112 @@
+"""The modes of ZipRank Merge that run the model, on the small SDXL."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+CONTENT, STYLE = "kit/sdxl_content.safetensors", "kit/sdxl_style.safetensors"
+SMALL = {"content_prompt": "a red cube", "style_prompt": "an ink drawing", "size": 64, "calibration_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def loras(run_node):
+    words = ("_4_1_", "down_blocks_1_attentions_0_")
+    both = [run_node("StyleLoomLoadLoRA", lora_name=name)[0] for name in (CONTENT, STYLE)]
+    return [{key: value for key, value in lora.items() if word in key} for lora, word in zip(both, words)]
+
+
+@pytest.fixture(scope="module")
+def sdxl(kit):
+    return kit.architectures.make("sdxl")[:2]
+
+
+@pytest.fixture
+def merge(run_node, loras, sdxl):
+    def merging(mode, **inputs):
+        given = {"content_lora": loras[0], "style_lora": loras[1], "model": sdxl[0], "clip": sdxl[1], **SMALL, **inputs}
+        return run_node("StyleLoomZipRankMerge", mode=mode, **given)
+
+    return merging
+
+
+def state(model):
+    return {key: (value.data_ptr(), value._version if not value.is_inference() else 0, float(value.float().sum()))
+            for key, value in model.model.state_dict().items()}
+
+
+def hooks(model):
+    return [name for name, module in model.model.named_modules() if module._forward_hooks]
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "train"])
+def test_the_model_stays_as_it_is(mode, merge, sdxl):
+    before = state(sdxl[0])
+    flags = {name: p.requires_grad for name, p in sdxl[0].model.named_parameters()}
+    merge(mode, steps=2, cycle_weight=0.01)
+    assert state(sdxl[0]) == before and hooks(sdxl[0]) == [] and not sdxl[0].patches
+    assert {name: p.requires_grad for name, p in sdxl[0].model.named_parameters()} == flags
+    assert not sdxl[0].model.training
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "train"])
+def test_separation_zero_and_repetition(mode, merge):
+    if mode == "calibrated":  # the sum, whatever was measured
+        plain, fast = merge(mode, separation=0.0)[0], merge("fast", separation=0.0)[0]
+        assert all(torch.allclose(plain[key].float(), fast[key].float(), atol=1e-3) for key in fast)
+    one, two = merge(mode, steps=2, seed=5), merge(mode, steps=2, seed=5)
+    assert one[1] == two[1] and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
+    recipe = json.loads(one[0].metadata["styleloom.recipe"])
+    assert recipe["mode"] == mode and recipe["content_prompt"] == "a red cube" and recipe["seed"] == 5
+
+
+def test_the_router_of_calibrated(merge, run_node, sdxl):
+    merged, report, _ = merge("calibrated", solver="router")
+    run_node("StyleLoomApplyLoRA", model=sdxl[0], lora=merged, strength=1.0)
+    assert "kept in shared layers" in report and "effective" not in report
+
+
+def test_training_lowers_the_loss_and_shows_it(merge):
+    _, report, masks = merge("train", steps=20, prior_weight=0.0, learning_rate=0.03)
+    line = next(line for line in report.splitlines() if line.startswith("loss:"))
+    first, last = float(line.split()[1]), float(line.split(",")[1].split()[0])
+    assert last < first, line
+    assert masks.shape[1] > 500, "the loss curve lies under the heat map"
+
+
+def test_an_interrupt_keeps_the_best_masks(merge, monkeypatch):
+    import comfy.model_management as mm
+
+    done, original = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == 4:
+            mm.interrupt_current_processing()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    merged, report, _ = merge("train", steps=500)
+    assert "Stopped at step 4 of 500: the best masks so far are kept" in report
+    assert len(done) == 4 and len(merged) > 0 and not mm.processing_interrupted()
+
+
+@pytest.mark.parametrize(("inputs", "words"), [
+    ({"model": None}, "without model"), ({"clip": None}, "without clip"), ({"content_prompt": " \n"}, "content_prompt"),
+    ({"style_prompt": ""}, "style_prompt is empty"),
+    ({"content_latents": {"samples": torch.full((1, 4, 8, 8), float("nan"))}}, "content_latents"),
+    ({"content_latents": {"samples": torch.zeros(1, 4, 8, 8)}, "style_latents": {"samples": torch.zeros(1, 4, 6, 8)}},
+     "one size for both")])
+def test_what_is_missing_is_said(inputs, words, merge):
+    with pytest.raises(ValueError, match=words):
+        merge("train", steps=1, **inputs)
+
+
+def test_given_latents_are_used(merge):
+    given = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
+    for mode in ("calibrated", "train"):
+        own = merge(mode, steps=1)[0]
+        other = merge(mode, steps=1, content_latents=given, style_latents=given)[0]
+        assert any(own[key].shape != other[key].shape or not torch.equal(own[key], other[key]) for key in own)

@@ -1,0 +1,86 @@
+"""Writing merged factors as a LORA_MODEL, in the names and with the alphas that hosts and tools read."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+
+from ..errors import StyleLoomError
+from .adapters import LowRank, full_shape
+from .factors import LoRAModel
+from .names import clip_key_map, sdxl_key_map, written_stem
+from .reading import CanonicalLoRA
+
+
+def names_of(key_map: Mapping[str, Hashable]) -> dict[Hashable, list[str]]:
+    """Every name of each target."""
+    found: dict[Hashable, list[str]] = {}
+    for name, target in key_map.items():
+        found.setdefault(target, []).append(name)
+    return found
+
+
+def write_lora(
+    adapters: Mapping[Hashable, LowRank],
+    other: Mapping[tuple[Hashable, str], torch.Tensor],
+    sources: list[CanonicalLoRA],
+    family: str,
+    key_map: Mapping[str, Hashable] | None,
+    metadata: Mapping[str, str],
+) -> LoRAModel:
+    """A LORA_MODEL of low-rank changes.
+
+    SDXL and SD1.5 are written as kohya does (`lora_unet_….lora_up/.lora_down/.alpha`, alpha = rank, so the scale is 1
+    and every layer has a rank of its own), as are LoRAs whose names no map knows and that came in that spelling;
+    everything else as `….lora_A/.lora_B` without alpha.
+
+    Args:
+        sources: for the dtype (the wider of theirs), and the names of targets that no map knows.
+        key_map: of the model; None: the built-in one.
+
+    Raises:
+        StyleLoomError: values that the dtype cannot hold; nothing to write.
+    """
+    if key_map is None:
+        key_map = sdxl_key_map() if family == "sdxl" else clip_key_map()
+    names = names_of(key_map)
+    dtype = sources[0].dtype
+    for source in sources[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    given = {target: stem for source in reversed(sources) for target, stem in source.stems.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for target, adapter in adapters.items():
+        stem = written_stem(target, names, family, given.get(target, str(target)))
+        out, inner, *kernel = full_shape(adapter)
+        down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem)
+        up = _cast(adapter.up.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem)
+        if "." in stem:
+            if kernel:  # the host reads a convolution from these too
+                tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            else:
+                tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        else:
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = torch.tensor(float(adapter.rank), dtype=dtype)
+    for (target, part), tensor in other.items():
+        stem = written_stem(target, names, family, given.get(target, str(target)))
+        tensors[f"{stem}.{part}"] = _cast(tensor, dtype, stem) if part != "reshape_weight" else tensor
+    if not tensors:
+        raise StyleLoomError(
+            "the merged LoRA is empty: every change in it is zero",
+            "LoRAs that change something, at a strength other than 0",
+            "Raise the strengths, or look at the LoRAs: they may be untrained.",
+        )
+    return LoRAModel(tensors, metadata)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str) -> torch.Tensor:
+    made = tensor.to(dtype).contiguous()
+    if dtype == torch.float16 and not bool(made.isfinite().all()):
+        raise StyleLoomError(
+            f"{stem}: the merged change is too large for fp16",
+            "at most 65504",
+            "Lower the strengths.",
+        )
+    return made.clone() if made.data_ptr() == tensor.data_ptr() else made

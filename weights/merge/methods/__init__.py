@@ -1,0 +1,20 @@
+"""Ways to merge the changes that several LoRAs make to one weight, each behind `merge(changes, options) -> Factors`."""
+
+from __future__ import annotations
+
+from . import average, dare, np_lora, plain_sum, router, svd, ties, ziplora
+from .common import Options
+
+# The names that an artist chooses from.
+METHODS = {
+    "sum": plain_sum.merge,
+    "average": average.merge,
+    "SVD": svd.merge,
+    "TIES": ties.merge,
+    "DARE": dare.merge,
+    "ZipLoRA columns": ziplora.merge,
+    "NP-LoRA": np_lora.merge,
+    "router": router.merge,
+}
+
+__all__ = ["METHODS", "Options"]

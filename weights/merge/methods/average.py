@@ -1,0 +1,12 @@
+"""L = (1/n) Σ L_k over all n LoRAs of the merge, those that lack the layer counting as zero."""
+
+from __future__ import annotations
+
+from ...lora.algebra import ThinSVD, concatenate
+from ...lora.factors import Factors
+from .common import Options
+
+
+def merge(changes: list[ThinSVD], options: Options) -> Factors:
+    """Ranks side by side; nothing is approximated."""
+    return concatenate([change.pair() for change in changes], [1.0 / len(changes)] * len(changes))
