@@ -269,7 +269,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
     config.set_inference_dtype(dtype, None)
     model = comfy.model_base.SDXL(config)
     for parameter in model.parameters():
-        parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+        parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.fill_(1.0)
     patcher = comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     blocks = tuple((b, outer if b in LEVEL_2 else inner, name) for b, _, name in SDXL.blocks)
     adapter = random_adapter(channels, cross, 1024, replace(SDXL, blocks=blocks), torch.float32)
@@ -293,7 +293,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
         ways = {"nothing": call(patcher.clone()), "ours": call(installed), "usual": call(patched)}
         differ = (ways["ours"]() - ways["usual"]()).abs().max() / (ways["ours"]() - ways["nothing"]()).abs().max()
         say(case=case, preset=preset, cross_attentions=len(usual), ours_and_usual_differ_by=float(differ))
-        report(case, preset, rounds(ways, max(3, args.rounds // (4 if case == "widths" else 1))))
+        report(case, preset, rounds(ways, max(2, args.rounds // (4 if case == "widths" else 1))))
 
 
 def prepare_case(args, dtype) -> None:
