@@ -232,7 +232,7 @@ def layers_case(args, dtype) -> None:
             else:
                 optimized_attention(q, k, v, given["n_heads"], attn_precision=None, transformer_options=given)
 
-    for preset in PRESETS:
+    for preset in args.presets:
         ours, usual = injections(adapter, embeds, preset, dtype)
         x, t = torch.zeros(2, 4, 128, 128), torch.tensor([3.0])
 
@@ -282,7 +282,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
                    "wrappers": clone.wrappers}  # fmt: skip
         return lambda: model.apply_model(x, sigma, transformer_options=options, **given)
 
-    for preset in PRESETS:
+    for preset in args.presets:
         ours, usual = injections(adapter, embeds, preset, dtype)
         installed = ours.install(patcher)
         # Innermost: what runs inside our wrapper is the UNet.
@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--cases", nargs="+", default=["layers", "graph", "widths", "prepare"])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     args = parser.parse_args()
     if not args.host:
         parser.error("name the ComfyUI folder with --host or STYLELOOM_HOST")
