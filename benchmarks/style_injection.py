@@ -232,7 +232,7 @@ def layers_case(args, dtype) -> None:
             else:
                 optimized_attention(q, k, v, given["n_heads"], attn_precision=None, transformer_options=given)
 
-    for preset in PRESETS:
+    for preset in args.presets:
         ours, usual = injections(adapter, embeds, preset, dtype)
         x, t = torch.zeros(2, 4, 128, 128), torch.tensor([3.0])
 
@@ -269,7 +269,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
     config.set_inference_dtype(dtype, None)
     model = comfy.model_base.SDXL(config)
     for parameter in model.parameters():
-        parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+        parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.fill_(1.0)
     patcher = comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     blocks = tuple((b, outer if b in LEVEL_2 else inner, name) for b, _, name in SDXL.blocks)
     adapter = random_adapter(channels, cross, 1024, replace(SDXL, blocks=blocks), torch.float32)
@@ -282,7 +282,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
                    "wrappers": clone.wrappers}  # fmt: skip
         return lambda: model.apply_model(x, sigma, transformer_options=options, **given)
 
-    for preset in PRESETS:
+    for preset in args.presets:
         ours, usual = injections(adapter, embeds, preset, dtype)
         installed = ours.install(patcher)
         # Innermost: what runs inside our wrapper is the UNet.
@@ -293,7 +293,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
         ways = {"nothing": call(patcher.clone()), "ours": call(installed), "usual": call(patched)}
         differ = (ways["ours"]() - ways["usual"]()).abs().max() / (ways["ours"]() - ways["nothing"]()).abs().max()
         say(case=case, preset=preset, cross_attentions=len(usual), ours_and_usual_differ_by=float(differ))
-        report(case, preset, rounds(ways, max(3, args.rounds // (4 if case == "widths" else 1))))
+        report(case, preset, rounds(ways, max(2, args.rounds // (4 if case == "widths" else 1))))
 
 
 def prepare_case(args, dtype) -> None:
@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--cases", nargs="+", default=["layers", "graph", "widths", "prepare"])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     args = parser.parse_args()
     if not args.host:
         parser.error("name the ComfyUI folder with --host or STYLELOOM_HOST")

@@ -151,6 +151,3 @@ def with_embeds(output, embeds: torch.Tensor, note: str):
     changed["image_embeds"] = embeds
     changed["styleloom_subtracted"] = note
     return changed
-
-
-__all__ = ["FITS", "encode_picture", "features", "sizes", "squares", "with_embeds"]

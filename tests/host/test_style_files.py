@@ -114,6 +114,9 @@ def test_the_right_encoder_is_named(run_node, folder, parts, models, encode):
     right["image_embeds"], right["penultimate_hidden_states"] = torch.ones(1, 1024), torch.ones(1, 257, 1280)
     refused("style was encoded by ViT-bigG", inject, adapter, style={"style0": big_g})
     refused("negative was encoded by ViT-bigG", inject, adapter, style={"style0": right}, negative=big_g)
+    alike = comfy.clip_vision.Output()  # vectors as long as ViT-H's, and another encoder
+    alike["image_embeds"], alike["penultimate_hidden_states"] = torch.ones(1, 1024), torch.ones(1, 257, 768)
+    refused("style was encoded by an encoder .width 768", inject, adapter, style={"style0": alike})
     # Hidden states of ViT-H are as wide as bigG's vectors: sizes alone would let this pass.
     save_file(flat(parts(width=1280)), str(folder / "big_g.safetensors"))
     words = refused("encoded by ViT-H", inject, load(run_node, "big_g.safetensors"), style={"style0": right})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..errors import StyleLoomError
 from ..parallel import each_alone
-from .blocks import LAYOUT, STYLE, Layer
+from .blocks import Layer
 from .formats import BASE, Adapter
 from .projections import image_tokens
 
@@ -127,6 +127,3 @@ def project(
             done[layer] = result
             on_layer()
     return done
-
-
-__all__ = ["COND", "FUSIONS", "LAYOUT", "SCALINGS", "STYLE", "UNCOND", "KeysValues", "fuse", "project"]
