@@ -82,9 +82,18 @@ def test_the_template_dialog_shows_them_all(client, open_frontend):
         front.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         front.page.get_by_role("dialog").get_by_text("StyleLoom", exact=True).last.click()
         for stem in STEMS:
-            picture = front.page.get_by_test_id(f"template-workflow-{stem}").locator("img").first
+            card = front.page.get_by_test_id(f"template-workflow-{stem}")
+            for _ in range(40):  # the dialog makes cards, and their pictures, as they are scrolled to
+                if card.count():
+                    card.scroll_into_view_if_needed()
+                    break
+                front.page.get_by_test_id("template-workflow-demo_image_to_lora").hover()
+                front.page.mouse.wheel(0, 300)
+                front.page.wait_for_timeout(200)
+            picture = card.locator("img").first
             picture.wait_for(timeout=15_000)
             front.page.wait_for_function("img => img.naturalWidth > 0", arg=picture.element_handle())
+        front.page.get_by_test_id("template-workflow-demo_image_to_lora").scroll_into_view_if_needed()
         front.page.get_by_test_id("template-workflow-demo_image_to_lora").click()
         front.page.wait_for_function("n => app.graph.nodes.length === n",
                                      arg=len(json.loads(text_of("demo_image_to_lora"))["nodes"]), timeout=15_000)
