@@ -13,7 +13,7 @@ from ..weights.merge.objective import MaskVector
 from .host.lora_runs import calibrate, empty_latent, encode, generate, prompts, with_text_part
 from .host.masked_lora import CONTENT, STYLE, MaskedLoRA, paths_of
 from .host.progress import Steps
-from .host.train_masks import Checkpointing, Lessons, Trainer, model_conds, train, training_clone
+from .host.train_masks import Checkpointing, Lessons, Trainer, model_conds, train, training_clone, without_copies
 from .merge_picture import loss_curve
 
 LESSONS = 16  # noised pictures of each concept whose teachers are kept
@@ -69,7 +69,7 @@ def learn(work, start):
         training, model_training = comfy.model_management, model.model.training
         before = getattr(training, "in_training", None)
         try:
-            model.model.requires_grad_(False)
+            _set_flags([(parameter, False) for parameter, _ in flags])
             comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
             lessons = _lessons(model, positives, made, device, settings["seed"])
             vector = MaskVector(work.prepared, start)
@@ -89,11 +89,17 @@ def learn(work, start):
         finally:
             if before is not None:
                 training.in_training = before
-            for parameter, needed in flags:
-                if not parameter.is_inference() or parameter.requires_grad != needed:
-                    parameter.requires_grad_(needed)
+            _set_flags(flags)
+            without_copies(model)
             model.model.train(model_training)
         return trained, vector.masks(trained.vector, start)
+
+
+def _set_flags(flags: list) -> None:
+    """requires_grad of each parameter; those made in inference mode may be changed in it only."""
+    for parameter, needed in flags:
+        with torch.inference_mode(parameter.is_inference()):
+            parameter.requires_grad_(needed)
 
 
 def _own(path):

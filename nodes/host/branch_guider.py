@@ -61,7 +61,7 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
         run = BranchRun(self._plan)
-        # The host copies areas from one side to the other, id and hooks with them: told apart by where they were before.
+        # The host copies areas from one side to the other, id and hooks with them: where they were before tells.
         own = {cond["uuid"]: _BRANCHES[name] for name, conds in self.conds.items() for cond in conds}
 
         def told(executor, guider, *inner):

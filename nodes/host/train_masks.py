@@ -68,6 +68,15 @@ class _Copied:
 _copied = _Copied()
 
 
+def without_copies(model) -> None:
+    """Takes the weight functions of `training_clone` off the layers, which the model that was given shares."""
+    for module in model.model.modules():
+        for name in ("weight_function", "bias_function"):
+            functions = getattr(module, name, None)
+            if functions and _copied in functions:
+                setattr(module, name, [function for function in functions if function is not _copied])
+
+
 def _cloned(value):
     """A tensor of a conditioning, wherever it is, as one that autograd may use."""
     if isinstance(value, torch.Tensor):

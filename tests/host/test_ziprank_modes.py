@@ -107,6 +107,18 @@ def test_what_is_missing_is_said(inputs, words, merge):
 def test_given_latents_are_used(merge):
     given = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
     for mode in ("calibrated", "train"):
-        own = merge(mode, steps=1)[0]
-        other = merge(mode, steps=1, content_latents=given, style_latents=given)[0]
+        own = merge(mode, steps=3)[0]
+        other = merge(mode, steps=3, content_latents=given, style_latents=given)[0]
         assert any(own[key].shape != other[key].shape or not torch.equal(own[key], other[key]) for key in own)
+
+
+def test_a_model_whose_weights_were_loaded_in_inference_mode_can_be_trained_through(merge, kit, sdxl):
+    """As every loader node leaves it: autograd must not save such weights. Here it cannot be loaded again either."""
+    with torch.inference_mode():
+        model = kit.diffusion.sdxl_small()
+    assert all(p.is_inference() for p in model.model.diffusion_model.parameters()) and not model.cached_patcher_init
+    flags = [p.requires_grad for p in model.model.parameters()]
+    one, two = merge("train", steps=3, model=model)[1], merge("train", steps=3)[1]
+    assert one.splitlines()[-1] == two.splitlines()[-1], "the same losses as with weights of the usual kind"
+    assert [p.requires_grad for p in model.model.parameters()] == flags and hooks(model) == []
+    assert not any(module.weight_function for module in model.model.modules() if hasattr(module, "weight_function"))

@@ -17,8 +17,9 @@ WeightShape = Callable[[str], tuple[int, ...] | None]
 
 @dataclass
 class LayerReport:
-    """What became of one target: rank in the file, how much of each LoRA is left on its own inputs (`kept`); for ZipRank
-    the effective ranks (sums of what is left of each direction) and the mean squared cosine; own-input losses."""
+    """What became of one target: rank in the file, how much of each LoRA is left on its own inputs (`kept`); for
+    ZipRank the effective ranks (sums of what is left of each direction) and the mean squared cosine; own-input
+    losses."""
 
     rank: int = 0
     kept: tuple[float | None, ...] = ()

@@ -46,8 +46,8 @@ MAX_TURN = 2.0  # A: the largest gain when input directions are turned apart
 class Masks(NamedTuple):
     """content (…, r_c), style (…, r_s): float64; a leading axis stands for layers.
 
-    Where directions are turned apart, a pair is [u_c u_s] [[content, turn_c], [turn_s, style]] [v_c; v_s], with turn_c and
-    turn_s (…, pairs).
+    Where directions are turned apart, a pair is [u_c u_s] [[content, turn_c], [turn_s, style]] [v_c; v_s], with turn_c
+    and turn_s (…, pairs).
     """
 
     content: torch.Tensor
@@ -56,8 +56,8 @@ class Masks(NamedTuple):
     turn_s: torch.Tensor | None = None
 
     def seen(self, cosines: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is left of the pairs on the inputs: (content on content's, style on content's, content on style's, style on
-        style's), each (…, pairs)."""
+        """What is left of the pairs on the inputs: (content on content's, style on content's, content on style's,
+        style on style's), each (…, pairs)."""
         n = cosines.shape[-1]
         a, b = self.content[..., :n], self.style[..., :n]
         c, s = (0.0, 0.0) if self.turn_c is None else (self.turn_c, self.turn_s)
@@ -113,8 +113,8 @@ def _best_in_box(h11, h12, h22, g1, g2, ridge: float) -> tuple[torch.Tensor, tor
 
 
 def turned(cosines: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k0, k1) of the symmetric matrix [[k0, k1], [k1, k0]] that turns the two input directions of a pair apart; limit 1
-    turns nothing."""
+    """(k0, k1) of the symmetric matrix [[k0, k1], [k1, k0]] that turns the two input directions of a pair apart; limit
+    1 turns nothing."""
     if limit <= 1:
         return torch.ones_like(cosines), torch.zeros_like(cosines)
     together, apart = 1 / (1 + cosines), (1 / (1 - cosines).clamp_min(1e-12)).clamp_max(limit)
