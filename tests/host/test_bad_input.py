@@ -189,9 +189,9 @@ def test_lora_for_another_model(run_node, encoders):
     model = run_node("StyleLoomKitModel", architecture="z-image", seed=0)[0]
     apply = lambda each: run_node("StyleLoomApplyLoRA", model=model, lora=each)  # noqa: E731
     key = "diffusion_model.layers.5.attention.to_q.lora_{}.weight"
-    refused(apply, "1 patches have another size", {**lora, key.format("A"): torch.ones(4, 64)})
-    refused(apply, "1 patches have another size", {**lora, key.format("B"): torch.ones(300, 4)})
-    refused(apply, "1 patches are incomplete", {k: v for k, v in lora.items() if k != key.format("B")})
+    refused(apply, "1 patches of the LoRA have another size", {**lora, key.format("A"): torch.ones(4, 64)})
+    refused(apply, "1 patches of the LoRA have another size", {**lora, key.format("B"): torch.ones(300, 4)})
+    refused(apply, "1 patches of the LoRA are incomplete", {k: v for k, v in lora.items() if k != key.format("B")})
     refused(
         apply,
         "1 of the LoRA's 477 keys",
@@ -208,9 +208,18 @@ def test_lora_for_another_model(run_node, encoders):
             | dict.fromkeys(("hada_w1_b", "hada_w2_b"), ones(2, 96)),
         ),
         ("lokr", {"lokr_w1": ones(4, 4), "lokr_w2": ones(64, 24)}, {"lokr_w1": ones(4, 4), "lokr_w2": ones(24, 64)}),
+        ("oft", {"oft_blocks": ones(16, 16, 16)}, {"oft_blocks": ones(12, 16, 16)}),
+        ("boft", {"oft_blocks": ones(2, 64, 4, 4)}, {"oft_blocks": ones(2, 32, 4, 4)}),
+        (
+            "glora",
+            {"a1.weight": ones(96, 2), "a2.weight": ones(2, 96), "b1.weight": ones(256, 2), "b2.weight": ones(2, 96)},
+            {"a1.weight": ones(96, 2), "a2.weight": ones(2, 96), "b1.weight": ones(250, 2), "b2.weight": ones(2, 96)},
+        ),
     ):
         assert "1 of 1" in apply({f"{name}.{key}": value for key, value in right.items()})[2], kind
-        refused(apply, "1 patches have another size", {f"{name}.{key}": value for key, value in wrong.items()})
+        refused(
+            apply, "1 patches of the LoRA have another size", {f"{name}.{key}": value for key, value in wrong.items()}
+        )
     refused(apply, "Connect clip", {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(1, 1)})
 
 
@@ -222,7 +231,8 @@ def test_a_lora_with_biases_and_text_parts(run_node):
     apply = lambda lora, **kw: run_node("StyleLoomApplyLoRA", model=model, lora=lora, **kw)  # noqa: E731
     patched = apply({f"{stem}.diff_b": torch.ones_like(bias)})[0]
     assert f"{stem}.bias" in patched.patches
-    refused(apply, "1 patches have another size.*cap_embedder.1.bias", {f"{stem}.diff_b": torch.ones(len(bias) + 1)})
+    size = "1 patches of the LoRA have another size"
+    refused(apply, f"{size}.*cap_embedder.1.bias", {f"{stem}.diff_b": torch.ones(len(bias) + 1)})
     refused(
         apply,
         "there is no diffusion_model.layers.0.feed_forward.w1.bias",
@@ -246,7 +256,9 @@ def test_a_lora_with_biases_and_text_parts(run_node):
     patched, patched_clip, report = apply(lora, clip=clip, strength=0.5, strength_clip=0.25)
     assert len(patched.patches) == 1 and len(patched_clip.patcher.patches) == 1 and not clip.patcher.patches
     assert "1 of 2 patches on SDXL" in report and "1 patches on the text encoder at strength 0.25" in report
-    refused(apply, "1 patches have another size", {**lora, f"{te}.lora_up.weight": torch.ones(3, 2)}, clip=clip)
+    refused(
+        apply, "1 patches of the LoRA have another size", {**lora, f"{te}.lora_up.weight": torch.ones(3, 2)}, clip=clip
+    )
 
 
 def test_broken_loras(run_node, host):
