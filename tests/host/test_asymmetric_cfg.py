@@ -4,13 +4,9 @@ one with the positive LoRA merged by the host's loader and one with the negative
 from __future__ import annotations
 
 import pytest
+from branch_parts import benches  # noqa: F401  fixtures
 
 ARCHITECTURES = ("sdxl", "sd1.5", "z-image", "qwen-image", "flux2")
-
-
-@pytest.fixture(scope="module")
-def benches(run_node, kit):
-    return kit.two_passes.benches(run_node, kit)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -20,7 +16,6 @@ def test_equals_two_passes_and_not_the_symmetric_result(name, benches, kit):
     ours = bench.asymmetric(positive_lora=style, negative_lora=gray, positive_strength=0.8, negative_strength=0.5)
     truth = bench.truth([(style, 0.8)], [(gray, 0.5)])
     symmetric = bench.symmetric((style, 0.8))
-    print(name, distance(ours, truth), distance(ours, symmetric), bench.report)
     assert distance(ours, truth) < 1e-4
     assert distance(ours, symmetric) > 100 * distance(ours, truth) + 1e-3
 

@@ -6,13 +6,7 @@ import copy
 
 import pytest
 import torch
-
-SIDES = {"positive_strength": 0.8, "negative_strength": 0.5}
-
-
-@pytest.fixture(scope="module")
-def bench(run_node, kit):
-    return kit.two_passes.Bench(run_node, kit, "sd1.5")
+from branch_parts import SIDES, bench, benches  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,7 @@ import logging
 
 import pytest
 import torch
-
-BOUND = 1e-4
-ONE = {"steps": 1}
-
-
-@pytest.fixture(scope="module")
-def bench(run_node, kit):
-    return kit.two_passes.Bench(run_node, kit, "sd1.5")
-
-
-@pytest.fixture(scope="module")
-def distance(kit):
-    return kit.two_passes.distance
+from branch_parts import BOUND, ONE, bench, benches, distance  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")

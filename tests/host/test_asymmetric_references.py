@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from branch_parts import benches  # noqa: F401  fixtures
 
 CASES = [
     ("flux2", "index"),
@@ -11,11 +12,6 @@ CASES = [
     ("qwen-image", "index_timestep_zero"),
     ("z-image", "omni"),
 ]
-
-
-@pytest.fixture(scope="module")
-def benches(run_node, kit):
-    return kit.two_passes.benches(run_node, kit)
 
 
 @pytest.fixture

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="module")
-def bench(run_node, kit):
-    return kit.two_passes.Bench(run_node, kit, "sd1.5")
+from branch_parts import bench, benches  # noqa: F401  fixtures
 
 
 @pytest.fixture

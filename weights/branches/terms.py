@@ -10,6 +10,7 @@ place. `strengths` holds one number for each LoRA of the branch; 0 does nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,7 +35,7 @@ def stored(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> tor
     return torch.nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-class Term(torch.nn.Module):
+class Term(torch.nn.Module, ABC):
     """One adapter on one layer, or on a part of its inputs or outputs.
 
     Args:
@@ -64,13 +65,9 @@ class Term(torch.nn.Module):
         """The input as the layer, and every term before this one, shall see it."""
         return x
 
+    @abstractmethod
     def leave(self, x: torch.Tensor, y: torch.Tensor, strengths: tuple[float, ...], base: Callable) -> None:
         """Change the output y in place; x is the input that this term sees, `base` the layer itself."""
-        if strengths[self.source] != 0:
-            self._add(self._seen(x), self._made(y), strengths[self.source], base)
-
-    def _add(self, x: torch.Tensor, y: torch.Tensor, strength: float, base: Callable) -> None:
-        raise NotImplementedError
 
     def _seen(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.inputs is None else x.narrow(self.layer.axis, *self.inputs)
@@ -79,7 +76,19 @@ class Term(torch.nn.Module):
         return y if self.outputs is None else y.narrow(self.layer.axis, *self.outputs)
 
 
-class ConvLowRank(Term):
+class Added(Term):
+    """A term that adds something made of the input alone."""
+
+    def leave(self, x, y, strengths, base):
+        if strengths[self.source] != 0:
+            self._add(self._seen(x), self._made(y), strengths[self.source])
+
+    @abstractmethod
+    def _add(self, x: torch.Tensor, y: torch.Tensor, strength: float) -> None:
+        """Add to y, the outputs that it changes, what it makes of x, the inputs that it sees."""
+
+
+class ConvLowRank(Added):
     """LoRA on a convolution (LoCon): y += strength · scale · up(mid(down(x))).
 
     Without a core, `lora_down` has the layer's kernel; with one (Tucker form) the core `lora_mid` has it and
@@ -95,7 +104,7 @@ class ConvLowRank(Term):
         self.mid = stored(mid if mid is None else mid.reshape(*mid.shape[:2], *layer.kernel), dtype)
         self.scale = scale
 
-    def _add(self, x, y, strength, base):
+    def _add(self, x, y, strength):
         down, up = weights_like(self.down, x), weights_like(self.up, x)
         if self.mid is None:
             hidden = self.layer.convolve(x, down)
@@ -104,7 +113,7 @@ class ConvLowRank(Term):
         y.add_(self.layer.pointwise(hidden, up), alpha=strength * self.scale)
 
 
-class Difference(Term):
+class Difference(Added):
     """Any change of the weight that does not depend on the weight: y += strength · layer(x, change).
 
     `change` is made anew at each call where it is given as a function of the input (LoHa, Tucker LoKr: what they
@@ -117,26 +126,26 @@ class Difference(Term):
         self.change = None if callable(change) else stored(change.reshape(layer.shape), dtype)
         self.keep("held", holds)
 
-    def _add(self, x, y, strength, base):
+    def _add(self, x, y, strength):
         change = weights_like(self.change, x) if self.make is None else self.make(self.kept("held"), x)
         y.add_(self.layer.apply(x, change), alpha=strength)
 
 
-class BiasDifference(Term):
+class BiasDifference(Added):
     """y += strength · change, along the channels. change (out,)."""
 
     def __init__(self, layer, source, change: torch.Tensor, outputs=None, dtype=None):
         super().__init__(layer, source, outputs)
         self.change = stored(change, dtype)
 
-    def _add(self, x, y, strength, base):
+    def _add(self, x, y, strength):
         change = weights_like(self.change, y)
         if self.layer.axis == 1:
             change = change.reshape(-1, *(1 for _ in y.shape[2:]))
         y.add_(change, alpha=strength)
 
 
-class Kronecker(Term):
+class Kronecker(Added):
     """LoKr on a linear layer: the change is w1 ⊗ w2, applied factor by factor.
 
     (w1 ⊗ w2) x, with x laid out as (in1, in2), is w1 · x · w2ᵀ. w1 (out1, in1), w2 (out2, in2); each may come as
@@ -149,14 +158,14 @@ class Kronecker(Term):
         self.keep("second", (tensor.reshape(tensor.shape[0], -1) for tensor in second), dtype)
         self.scale = scale
 
-    def _add(self, x, y, strength, base):
+    def _add(self, x, y, strength):
         w1, w2 = (_product([weights_like(w, x) for w in self.kept(name)]) for name in ("first", "second"))
         grid = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         made = torch.matmul(w1, F.linear(grid, w2))
         y.add_(made.flatten(-2), alpha=strength * self.scale)
 
 
-class InputAndOutput(Term):
+class InputAndOutput(Added):
     """GLoRA: W' = W + s (W A + B), so W' x = W (x + s A x) + s B x.
 
     A and B are low-rank: a_up (in, rank) · a_down (rank, in), pointwise over the input channels; b_up (out, rank) ·
@@ -176,7 +185,7 @@ class InputAndOutput(Term):
         hidden = self.layer.pointwise(x, weights_like(self.a_down, x))
         return torch.add(x, self.layer.pointwise(hidden, weights_like(self.a_up, x)), alpha=strength * self.scale)
 
-    def _add(self, x, y, strength, base):
+    def _add(self, x, y, strength):
         hidden = self.layer.apply(x, weights_like(self.b_down, x))
         y.add_(self.layer.pointwise(hidden, weights_like(self.b_up, x)), alpha=strength * self.scale)
 
