@@ -90,6 +90,12 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
             _read(plan, model, branch, source, entry, dtype, pending)
         for name, made in pending.items():
             plan.terms.setdefault(name, {})[branch] = _stacked(made, layer_of(find_module(model.model, name)), dtype)
+        apart = sum(entry.strength != 0 and not entry.acts for entry in entries)
+        if apart:
+            plan.report.append(
+                f"{NAMES[branch]}: {apart} of {len(entries)} LoRAs left out: the LoRA's part of sampling and its side's "
+                "do not meet"
+            )
         if not acting:
             plan.report.append(f"{NAMES[branch]}: the model as it is")
     return plan
@@ -97,14 +103,14 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
 
 def computed_in(model) -> torch.dtype | None:
     """The dtype of the model's activations; None where the host does not say."""
-    inner = model.model
-    return getattr(inner, "manual_cast_dtype", None) or model.model_dtype()
+    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
+    return dtype if dtype is None or dtype.itemsize > 1 else None  # weights stored in 8 bits say nothing of activations
 
 
 def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict) -> None:
     label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
     text = [key for key in entry.lora if is_text_key(key)]
-    lora = {key: value for key, value in entry.lora.items() if key not in set(text)}
+    lora = {key: value for key, value in entry.lora.items() if not is_text_key(key)}
     if not lora:
         raise StyleLoomError(
             f"the {label} has no part for the diffusion model"

@@ -189,3 +189,11 @@ def test_strength_0_is_plain_cfg_and_touches_nothing(given, bench, loras, monkey
     assert not touched
     assert torch.equal(made, bench.symmetric())
     assert "the model as it is" in bench.report
+
+
+def test_windows_that_do_not_meet_are_said(bench, run_node, distance):
+    """A LoRA of the first half on a side of the second half acts nowhere; the report says so."""
+    stack = run_node("StyleLoomLoRAStack", lora=bench.lora(), strength=1.0, end_percent=0.5)[0]
+    ours = bench.asymmetric(positive_lora=stack, positive_start_percent=0.6)
+    assert "positive: 1 of 1 LoRAs left out" in bench.report and "do not meet" in bench.report
+    assert distance(ours, bench.symmetric()) == 0
