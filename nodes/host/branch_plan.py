@@ -104,7 +104,7 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
 def computed_in(model) -> torch.dtype | None:
     """The dtype of the model's activations; None where the host does not say."""
     dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
-    return dtype if dtype is None or dtype.itemsize > 1 else None  # weights stored in 8 bits say nothing of activations
+    return dtype if dtype is None or dtype.itemsize > 1 else None  # 8 bits are storage
 
 
 def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict) -> None:
