@@ -93,8 +93,8 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
         apart = sum(entry.strength != 0 and not entry.acts for entry in entries)
         if apart:
             plan.report.append(
-                f"{NAMES[branch]}: {apart} of {len(entries)} LoRAs left out: the LoRA's part of sampling and its side's "
-                "do not meet"
+                f"{NAMES[branch]}: {apart} of {len(entries)} LoRAs left out: the LoRA's part of sampling and that of "
+                "its side do not meet"
             )
         if not acting:
             plan.report.append(f"{NAMES[branch]}: the model as it is")
