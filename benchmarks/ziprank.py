@@ -75,8 +75,8 @@ def fast(content: dict, style: dict, separation: float = 0.7) -> dict:
     """What the node does in mode fast, without the report's hashes and picture."""
     from styleloom.weights.lora.reading import read_lora
     from styleloom.weights.lora.writing import write_lora
-    from styleloom.weights.merge.fast import assemble, prepare, solve_fast
-    from styleloom.weights.merge.layers import align, check_sizes
+    from styleloom.weights.merge.two_loras import assemble, prepare, solve_fast
+    from styleloom.weights.merge.alignment import align, check_sizes
     from styleloom.weights.merge.priors import layer_prior
 
     read = [read_lora(lora, name) for lora, name in ((content, "content"), (style, "style"))]

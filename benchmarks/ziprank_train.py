@@ -72,9 +72,9 @@ def main() -> None:
     diffusion = importlib.import_module(f"{kit.__name__}.diffusion")
     text = importlib.import_module(f"{kit.__name__}.text")
     lora_files = importlib.import_module(f"{kit.__name__}.lora_files")
-    work_module = importlib.import_module(f"{pack.__name__}.nodes.merge_work")
-    runs = importlib.import_module(f"{pack.__name__}.nodes.merge_runs")
-    trainer_module = importlib.import_module(f"{pack.__name__}.nodes.host.train_masks")
+    work_module = importlib.import_module(f"{pack.__name__}.nodes.host.merge.ziprank_run")
+    runs = importlib.import_module(f"{pack.__name__}.nodes.host.merge.model_modes")
+    trainer_module = importlib.import_module(f"{pack.__name__}.nodes.host.merge.train_masks")
     progress = importlib.import_module(f"{pack.__name__}.nodes.host.progress")
     from safetensors.torch import load_file
 

@@ -13,11 +13,11 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..weights.branches.rows import NEGATIVE, POSITIVE
+from ..weights.row_adapters.rows import NEGATIVE, POSITIVE
 from ..weights.errors import StyleLoomError
-from .host.branch_guider import AsymmetricCFGGuider
-from .host.branch_plan import make_plan
-from .host.branch_schedule import BranchLoRA
+from .host.guidance.guider import AsymmetricCFGGuider
+from .host.guidance.plan import make_plan
+from .host.guidance.schedule import BranchLoRA
 from .types import CATEGORY_GUIDANCE, CATEGORY_LORA, LoRA, LoRAStack
 
 Entries = tuple[BranchLoRA, ...]

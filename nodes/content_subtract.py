@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..weights.clip_space.subtract import DIRECTIONAL, METHODS, NEUTRAL, Options, describe, subtract
 from ..weights.errors import StyleLoomError
-from .host.text_tower import find_tower, text_vectors
-from .host.vision_output import sizes, with_embeds
+from .host.style.text_projection import find_tower, text_vectors
+from .host.style.vision_output import sizes, with_embeds
 from .types import CATEGORY_STYLE
 
 

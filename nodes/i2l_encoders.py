@@ -13,8 +13,8 @@ from ..weights.i2l.references import stack_references
 from ..weights.i2l.towers import PRECISIONS
 from .host import folders
 from .host.progress import Steps
-from .host.text_view import check_clip, text_view
-from .host.towers import TowerRun
+from .host.i2l.qwen_text_encoder import check_clip, text_view
+from .host.i2l.image_encoder import TowerRun
 from .types import CATEGORY, Encoders, References
 
 MAX_INPUTS = 64

@@ -9,12 +9,12 @@ from comfy_api.latest import io
 
 from ..weights.errors import StyleLoomError
 from ..weights.lora.writing import write_lora
-from ..weights.merge import words
-from ..weights.merge.layers import align, all_targets, check_sizes, pass_other
-from ..weights.merge.many import merge_many
+from ..weights.merge import report as words
+from ..weights.merge.alignment import align, all_targets, check_sizes, pass_other
+from ..weights.merge.several_loras import merge_many
 from ..weights.merge.methods import METHODS, Options
-from . import merge_picture
-from .host.model_targets import model_targets
+from .host.merge import heat_map as merge_picture
+from .host.key_maps import model_targets
 from .host.progress import Steps
 from .types import CATEGORY_LORA, LoRA
 

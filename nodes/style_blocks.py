@@ -9,15 +9,15 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..weights.errors import StyleLoomError
-from ..weights.ip_adapter import blocks
+from ..weights.unet import blocks
 from ..weights.ip_adapter.formats import Adapter, recognise
 from ..weights.ip_adapter.keys_values import EACH, FUSIONS, SCALINGS, fuse, project
 from ..weights.tensor_file import read_header
 from .host import folders
-from .host.cross_attentions import check_fit
+from .host.style.cross_attentions import check_fit
 from .host.progress import Steps
-from .host.style_attention import StyleAttention
-from .host.vision_output import FITS, encode_picture, features
+from .host.style.attention import StyleAttention
+from .host.style.vision_output import FITS, encode_picture, features
 from .types import CATEGORY_STYLE, IPAdapter
 
 MAX_INPUTS = 64

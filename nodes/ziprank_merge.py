@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..weights.merge.priors import OPTIONS as PRIORS
 from .host.progress import Steps
-from .merge_work import MODES, ZipRank
+from .host.merge.ziprank_run import MODES, ZipRank
 from .types import CATEGORY_LORA, LoRA
 
 

@@ -10,7 +10,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 
-from ...weights.branches.layers import layer_of
+from ...weights.row_adapters.layers import layer_of
 from ...weights.errors import StyleLoomError
 
 

@@ -118,7 +118,7 @@ def test_windows(window, acts, bench, loras, distance):
 
 @pytest.fixture(scope="module")
 def schedule(pack):
-    return sys.modules[f"{pack.__name__}.nodes.host.branch_schedule"]
+    return sys.modules[f"{pack.__name__}.nodes.host.guidance.schedule"]
 
 
 @pytest.mark.parametrize("name", ("sd1.5", "z-image", "flux2"))

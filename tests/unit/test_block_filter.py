@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.ip_adapter.blocks import SD15, SDXL
+from styleloom.weights.unet.blocks import SD15, SDXL
 from styleloom.weights.lora.block_filter import filter_blocks
 
 LDM = {"input": "input_blocks_{}_1", "middle": "middle_block_1", "output": "output_blocks_{}_1"}

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from styleloom.weights.branches.layers import layer_of
-from styleloom.weights.branches.low_rank import LowRank, Observer, Pair
-from styleloom.weights.branches.rows import NEGATIVE, POSITIVE, UnknownRows, spans
-from styleloom.weights.branches.terms import (
+from styleloom.weights.row_adapters.layers import layer_of
+from styleloom.weights.row_adapters.low_rank import LowRank, Observer, Pair
+from styleloom.weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows, spans
+from styleloom.weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
     Difference,

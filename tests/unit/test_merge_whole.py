@@ -8,9 +8,9 @@ from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.lora.reading import read_lora
 from styleloom.weights.lora.writing import write_lora
 from styleloom.weights.merge.calibrated import solve_calibrated
-from styleloom.weights.merge.fast import assemble, prepare, solve_fast
-from styleloom.weights.merge.layers import align, check_sizes, pass_other
-from styleloom.weights.merge.many import merge_many
+from styleloom.weights.merge.two_loras import assemble, prepare, solve_fast
+from styleloom.weights.merge.alignment import align, check_sizes, pass_other
+from styleloom.weights.merge.several_loras import merge_many
 from styleloom.weights.merge.methods import METHODS, Options
 from styleloom.weights.merge.objective import MaskVector
 from styleloom.weights.merge.priors import layer_prior

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.ip_adapter import blocks
-from styleloom.weights.ip_adapter.blocks import SD15, SDXL, choose, parse_custom
+from styleloom.weights.unet import blocks
+from styleloom.weights.unet.blocks import SD15, SDXL, choose, parse_custom
 from styleloom.weights.ip_adapter.formats import recognise
 from styleloom.weights.ip_adapter.keys_values import COND, UNCOND, fuse, project
 from styleloom.weights.ip_adapter.projections import image_tokens

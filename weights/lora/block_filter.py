@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import StyleLoomError
-from ..ip_adapter.blocks import ARCHITECTURES, Architecture, Block
+from ..unet.blocks import ARCHITECTURES, Architecture, Block
 from .factors import LoRAModel
 
 STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM = (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ..lora.factors import Factors
-from .fast import Prepared, prior_columns
+from .two_loras import Prepared, prior_columns
 from .gauge import Gauge
 from .methods.router import route
 from .priors import Prior

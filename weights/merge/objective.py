@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .fast import Prepared
+from .two_loras import Prepared
 from .ziprank import Masks
 
 MAX_MASK = 1.5

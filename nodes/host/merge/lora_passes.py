@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ...weights.errors import StyleLoomError
+from ....weights.errors import StyleLoomError
 from .masked_lora import CONTENT, STYLE, MaskedLoRA
 
 _NAMES = ("content", "style")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 
-from ...weights.errors import StyleLoomError
+from ....weights.errors import StyleLoomError
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 

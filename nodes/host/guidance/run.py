@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
-from ...weights.branches.low_rank import LowRank, Observer, SharedInput
-from ...weights.branches.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
-from .branch_plan import Plan
-from .lora_patches import find_module, some
+from ....weights.row_adapters.low_rank import LowRank, Observer, SharedInput
+from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
+from .plan import Plan
+from ..lora_patches import find_module, some
 
 KEY = "styleloom_branches"
 

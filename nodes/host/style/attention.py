@@ -21,9 +21,9 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
-from ...weights.errors import StyleLoomError
-from ...weights.ip_adapter.blocks import Layer
-from ...weights.ip_adapter.keys_values import COND, UNCOND, KeysValues
+from ....weights.errors import StyleLoomError
+from ....weights.unet.blocks import Layer
+from ....weights.ip_adapter.keys_values import COND, UNCOND, KeysValues
 from .mask_grid import MaskGrid, areas_of
 
 _KEY = "styleloom_style"

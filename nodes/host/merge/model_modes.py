@@ -7,14 +7,14 @@ import comfy.utils
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..weights.errors import StyleLoomError
-from ..weights.merge.fast import prior_columns
-from ..weights.merge.objective import MaskVector
-from .host.lora_runs import calibrate, empty_latent, encode, generate, prompts, with_text_part
-from .host.masked_lora import CONTENT, STYLE, MaskedLoRA, paths_of
-from .host.progress import Steps
-from .host.train_masks import Checkpointing, Lessons, Trainer, model_conds, train, training_clone, without_copies
-from .merge_picture import loss_curve
+from ....weights.errors import StyleLoomError
+from ....weights.merge.two_loras import prior_columns
+from ....weights.merge.objective import MaskVector
+from .lora_passes import calibrate, empty_latent, encode, generate, prompts, with_text_part
+from .masked_lora import CONTENT, STYLE, MaskedLoRA, paths_of
+from ..progress import Steps
+from .train_masks import Checkpointing, Lessons, Trainer, model_conds, train, training_clone, without_copies
+from .heat_map import loss_curve
 
 LESSONS = 16  # noised pictures of each concept whose teachers are kept
 PICTURES = 4  # that a LoRA makes of its own concept where none are given

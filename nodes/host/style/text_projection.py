@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
-from ...weights.clip_space.towers import check_pair, text_tower
-from ...weights.errors import StyleLoomError
+from ....weights.clip_space.towers import check_pair, text_tower
+from ....weights.errors import StyleLoomError
 
 _NAMES = ("clip_g", "clip_h", "clip_l")
 

@@ -9,9 +9,9 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ...weights.errors import StyleLoomError
-from ...weights.i2l.encoders import EncoderFile
-from ...weights.i2l.towers import build_tower, compute_dtype, encode
+from ....weights.errors import StyleLoomError
+from ....weights.i2l.encoders import EncoderFile
+from ....weights.i2l.towers import build_tower, compute_dtype, encode
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..lora.factors import Factors
 from ..lora.reading import CanonicalLoRA
 from ..parallel import each_alone
 from .gauge import Gauge, principal_gauge
-from .layers import LayerReport, MergedLayers, all_targets
+from .alignment import LayerReport, MergedLayers, all_targets
 from .priors import Prior
 from .ziprank import MAX_TURN, Masks, Moments, build, gains, masks_at, moments, own_loss, ridge_for, stack
 

@@ -20,7 +20,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ...weights.merge.objective import MAX_MASK, Best, MaskVector, prior_loss
+from ....weights.merge.objective import MAX_MASK, Best, MaskVector, prior_loss
 from .masked_lora import CONTENT, MERGED, STYLE, MaskedLoRA
 
 

@@ -13,8 +13,8 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 
-from ...weights.errors import StyleLoomError
-from ...weights.merge.fast import Prepared
+from ....weights.errors import StyleLoomError
+from ....weights.merge.two_loras import Prepared
 
 CONTENT, STYLE, MERGED = 0, 1, 2
 

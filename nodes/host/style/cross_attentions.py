@@ -1,10 +1,10 @@
-"""The cross-attentions of a UNet of the host's, as the tables of `weights/ip_adapter/blocks.py` name them."""
+"""The cross-attentions of a UNet of the host's, as the tables of `weights/unet/blocks.py` name them."""
 
 from __future__ import annotations
 
-from ...weights.errors import StyleLoomError
-from ...weights.ip_adapter.blocks import ARCHITECTURES, Architecture, Layer
-from ...weights.ip_adapter.formats import Adapter
+from ....weights.errors import StyleLoomError
+from ....weights.unet.blocks import ARCHITECTURES, Architecture, Layer
+from ....weights.ip_adapter.formats import Adapter
 
 
 def cross_attentions(unet) -> dict[Layer, object]:

@@ -10,7 +10,7 @@ from ..lora.adapters import LowRank
 from ..lora.algebra import thin_svd
 from ..lora.reading import CanonicalLoRA
 from ..parallel import each_alone
-from .layers import LayerReport, MergedLayers, all_targets
+from .alignment import LayerReport, MergedLayers, all_targets
 from .measure import cut, own_input
 from .methods import METHODS, Options
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from ...weights.branches.layers import Layer
-from ...weights.branches.low_rank import Pair
-from ...weights.branches.terms import (
+from ....weights.row_adapters.layers import Layer
+from ....weights.row_adapters.low_rank import Pair
+from ....weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
     Difference,

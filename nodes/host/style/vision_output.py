@@ -14,10 +14,10 @@ import comfy.clip_vision
 import comfy.model_management
 import torch
 
-from ...weights.clip_space.towers import image_tower
-from ...weights.errors import StyleLoomError
-from ...weights.ip_adapter.formats import Adapter
-from .progress import Steps
+from ....weights.clip_space.towers import image_tower
+from ....weights.errors import StyleLoomError
+from ....weights.ip_adapter.formats import Adapter
+from ..progress import Steps
 
 CROP, PAD, TILES = "crop", "pad", "tiles"
 FITS = (CROP, PAD, TILES)

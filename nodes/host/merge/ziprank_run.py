@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from ..weights.errors import StyleLoomError
-from ..weights.lora.adapters import LowRank
-from ..weights.lora.algebra import truncate
-from ..weights.lora.writing import write_lora
-from ..weights.merge import words
-from ..weights.merge.calibrated import routed, solve_calibrated
-from ..weights.merge.fast import assemble, prepare, solve_fast
-from ..weights.merge.gauge import sides
-from ..weights.merge.layers import align, all_targets, check_sizes, pass_other
-from ..weights.merge.measure import own_input
-from ..weights.merge.priors import layer_prior
-from . import merge_picture, merge_runs
-from .host.model_targets import model_targets
+from ....weights.errors import StyleLoomError
+from ....weights.lora.adapters import LowRank
+from ....weights.lora.algebra import truncate
+from ....weights.lora.writing import write_lora
+from ....weights.merge import report as words
+from ....weights.merge.calibrated import routed, solve_calibrated
+from ....weights.merge.two_loras import assemble, prepare, solve_fast
+from ....weights.merge.gauge import sides
+from ....weights.merge.alignment import align, all_targets, check_sizes, pass_other
+from ....weights.merge.measure import own_input
+from ....weights.merge.priors import layer_prior
+from . import heat_map as merge_picture
+from . import model_modes as merge_runs
+from ..key_maps import model_targets
 
 FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
 

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from ..lora.reading import CanonicalLoRA
-from .layers import MergedLayers
+from .alignment import MergedLayers
 
 
 def fingerprint(lora: Mapping[str, torch.Tensor]) -> str:

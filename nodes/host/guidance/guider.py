@@ -7,9 +7,9 @@ import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from ...weights.branches.rows import NEGATIVE, POSITIVE
-from .branch_plan import Plan
-from .branch_run import KEY, BranchRun, NormsNotRun
+from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
+from .plan import Plan
+from .run import KEY, BranchRun, NormsNotRun
 
 _BRANCHES = {"positive": POSITIVE, "negative": NEGATIVE}
 

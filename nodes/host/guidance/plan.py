@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping
 import comfy.hooks
 import torch
 
-from ...weights.branches.layers import layer_of
-from ...weights.branches.low_rank import LowRank, Pair
-from ...weights.branches.rows import NEGATIVE, POSITIVE
-from ...weights.branches.terms import Term, Turn
-from ...weights.errors import StyleLoomError
-from ...weights.lora.files import check_finite
-from .branch_adapters import NoTerm, Place, term_of
-from .branch_schedule import BranchLoRA, Schedule
-from .lora_patches import find_module, is_text_key, lora_patches, some
+from ....weights.row_adapters.layers import layer_of
+from ....weights.row_adapters.low_rank import LowRank, Pair
+from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
+from ....weights.row_adapters.terms import Term, Turn
+from ....weights.errors import StyleLoomError
+from ....weights.lora.files import check_finite
+from .adapter_terms import NoTerm, Place, term_of
+from .schedule import BranchLoRA, Schedule
+from ..lora_patches import find_module, is_text_key, lora_patches, some
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
 

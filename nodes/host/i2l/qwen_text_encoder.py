@@ -11,8 +11,8 @@ import comfy.model_management
 import numpy as np
 import torch
 
-from ...weights.errors import StyleLoomError
-from ...weights.i2l.layouts import RESIDUAL_TOKENS
+from ....weights.errors import StyleLoomError
+from ....weights.i2l.layouts import RESIDUAL_TOKENS
 
 _TOWER = "qwen25_7b"
 

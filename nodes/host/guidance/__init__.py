@@ -1,0 +1,1 @@
+"""Sampling with one LoRA state on each side of guidance."""

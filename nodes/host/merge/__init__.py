@@ -1,0 +1,1 @@
+"""Merging LoRAs with the model at hand: calibration, training, reports as pictures."""

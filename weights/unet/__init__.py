@@ -1,0 +1,1 @@
+"""The blocks of SDXL's and SD1.5's UNets."""
