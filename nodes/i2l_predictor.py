@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..weights.i2l import predict
 from ..weights.i2l.decode import ARITHMETICS
 from ..weights.i2l.predict import open_predictor
-from ..weights.lora.factors import to_lora_model
+from ..weights.lora.lora_model import to_lora_model
 from .host import folders
 from .host.progress import Steps
 from .types import CATEGORY, LoRA, Predictor, References

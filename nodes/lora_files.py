@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..weights.lora.factors import LoRAModel
+from ..weights.lora.lora_model import LoRAModel
 from ..weights.lora.files import PRECISIONS, check_lora, save_lora
 from ..weights.tensor_file import read_header
 from .host import folders

@@ -174,7 +174,7 @@ def test_refusals(lora, options, words):
 
 
 def test_metadata_stays():
-    from styleloom.weights.lora.factors import LoRAModel
+    from styleloom.weights.lora.lora_model import LoRAModel
 
     lora = LoRAModel(lora_of(sum(names(SDXL, "peft").values(), [])), {"recipe": "x"})
     assert filter_blocks(lora, "style blocks").lora.metadata == {"recipe": "x"}

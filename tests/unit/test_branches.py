@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.row_adapters.layers import layer_of
-from styleloom.weights.row_adapters.low_rank import LowRank, Observer, Pair
+from styleloom.weights.row_adapters.low_rank import LowRankTerm, Observer
 from styleloom.weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows, spans
 from styleloom.weights.row_adapters.terms import (
     BiasDifference,
@@ -113,11 +114,11 @@ def test_stacked_pairs_on_parts_of_the_output(ranks, strengths, cut, shape):
     for i, rank in enumerate(ranks):
         rows = 8 if parts[i] is None else parts[i][1]
         down, up = normal(rank, 12, seed=i), normal(rows, rank, seed=i)
-        pairs.append(Pair(down, up, 0.5, i, parts[i]))
+        pairs.append((LowRank(down, up, (), 0.5, parts[i]), i))
         start = 0 if parts[i] is None else parts[i][0]
         weight[start : start + rows] += strengths[i] * 0.5 * up @ down
     y = module(x)
-    LowRank(layer_of(module), pairs).leave(x, y, tuple(strengths), module)
+    LowRankTerm(layer_of(module), pairs).leave(x, y, tuple(strengths), module)
     torch.testing.assert_close(y, merged(module, x, weight))
 
 
@@ -126,7 +127,7 @@ def test_a_part_of_the_input():
     down, up = normal(3, 5), normal(8, 3)
     weight = module.weight.data.clone()
     weight[:, 4:9] += 0.7 * 2 * up @ down
-    term = LowRank(layer_of(module), [Pair(down, up, 2.0, 0, None, (4, 5))])
+    term = LowRankTerm(layer_of(module), [(LowRank(down, up, (), 2.0, None, (4, 5)), 0)])
     torch.testing.assert_close(through(module, term, x), merged(module, x, weight))
 
 
@@ -134,7 +135,7 @@ def test_an_output_that_is_no_block_of_memory():
     """Some layers return a view; the addition finds its place all the same."""
     module, x = linear(), normal(2, 5, 12)
     down, up = normal(3, 12), normal(4, 3)
-    term = LowRank(layer_of(module), [Pair(down, up, 1.0, 0, (2, 4))])
+    term = LowRankTerm(layer_of(module), [(LowRank(down, up, (), 1.0, (2, 4)), 0)])
     y = module(x).transpose(0, 1).contiguous().transpose(0, 1)
     assert not y.is_contiguous()
     term.leave(x, y, (1.0,), module)
@@ -212,7 +213,7 @@ def test_layers_that_share_an_input_share_a_product(monkeypatch):
     """What three layers get as one object is multiplied once, from the second pass on; with the same result."""
     modules = [linear() for _ in range(3)]
     terms = [
-        LowRank(layer_of(m), [Pair(normal(2, 12, seed=i), normal(8, 2, seed=i), 1.0, 0)]) for i, m in enumerate(modules)
+        LowRankTerm(layer_of(m), [(LowRank(normal(2, 12, seed=i), normal(8, 2, seed=i)), 0)]) for i, m in enumerate(modules)
     ]
     x = normal(4, 5, 12)
 
@@ -247,7 +248,7 @@ def test_layers_that_share_an_input_share_a_product(monkeypatch):
 
 def test_layers_of_unlike_inputs_and_layers_called_twice_share_nothing():
     modules = [linear() for _ in range(2)]
-    a, b = (LowRank(layer_of(m), [Pair(normal(2, 12), normal(8, 2), 1.0, 0)]) for m in modules)
+    a, b = (LowRankTerm(layer_of(m), [(LowRank(normal(2, 12), normal(8, 2)), 0)]) for m in modules)
     x = normal(1, 12)
     apart, twice = Observer(), Observer()
     apart.see(a, x)

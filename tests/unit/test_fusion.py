@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.i2l.fusion import check_bias, fuse, parse_weights
 from styleloom.weights.lora.algebra import concatenate, frobenius_norm, truncate
-from styleloom.weights.lora.factors import Factors, LoRAModel, split_pairs, to_lora_model
+from styleloom.weights.lora.low_rank import LowRank
+from styleloom.weights.lora.lora_model import LoRAModel, split_pairs, to_lora_model
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**31))
 
 
 def _pair(n_in, n_out, rank, seed, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return Factors(
+    return LowRank(
         torch.randn(rank, n_in, generator=g, dtype=torch.float64).to(dtype),
         torch.randn(n_out, rank, generator=g, dtype=torch.float64).to(dtype),
     )
@@ -175,7 +176,7 @@ def test_what_is_no_pair_is_left_over():
 
 
 def test_to_lora_model_is_a_dict_with_a_recipe():
-    pair = Factors(torch.ones(3, 2).T, torch.ones(2, 4).T)
+    pair = LowRank(torch.ones(3, 2).T, torch.ones(2, 4).T)
     lora = to_lora_model({"layers.0.x": pair}, {"recipe": "…"})
     assert isinstance(lora, dict) and isinstance(lora, LoRAModel) and lora.metadata == {"recipe": "…"}
     assert set(lora) == {"diffusion_model.layers.0.x.lora_A.weight", "diffusion_model.layers.0.x.lora_B.weight"}

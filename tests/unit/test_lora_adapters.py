@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.lora.adapters import full_shape, low_rank
+from styleloom.weights.lora.adapters import low_rank
 from styleloom.weights.lora.algebra import thin_svd
 
 F64 = torch.float64
@@ -28,11 +28,11 @@ class Made:
 
 
 def dense_of(adapter) -> torch.Tensor:
-    return (adapter.up @ adapter.down).reshape(full_shape(adapter))
+    return (adapter.up @ adapter.down).reshape(adapter.weight_shape)
 
 
 def close(adapter, due: torch.Tensor) -> None:
-    assert full_shape(adapter) == tuple(due.shape)
+    assert adapter.weight_shape == tuple(due.shape)
     assert (dense_of(adapter) - due).norm() <= 1e-6 * due.norm() + 1e-12
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from styleloom.weights.lora.algebra import thin_svd
-from styleloom.weights.lora.factors import Factors
+from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.merge.measure import cut, own_input
 from styleloom.weights.merge.methods import METHODS, Options
 from styleloom.weights.merge.methods.common import best_factors
@@ -145,7 +145,7 @@ def test_the_range_finder_is_near_the_best(rank):
 @given(changes(), st.floats(0.2, 1), st.integers(0, 6))
 def test_cut_keeps_the_energy_or_the_rank(dense, energy, rank):
     total = sum(dense)
-    pair, kept = cut(Factors(total, torch.eye(10, dtype=F64)), rank, energy)
+    pair, kept = cut(LowRank(total, torch.eye(10, dtype=F64)), rank, energy)
     power = torch.linalg.svdvals(total).square()
     share = power.cumsum(0) / power.sum()
     need = int((share < energy - 1e-9).sum()) + 1 if energy < 1 else 10
@@ -159,7 +159,7 @@ def test_cut_keeps_the_energy_or_the_rank(dense, energy, rank):
 @given(changes(most=2))
 def test_own_input_measures_the_dense_quantities(dense):
     one, two = dense
-    merged = Factors(one + 0.5 * two, torch.eye(10, dtype=F64))
+    merged = LowRank(one + 0.5 * two, torch.eye(10, dtype=F64))
     share, loss = own_input(merged, svds([one])[0])
     seen = (one + 0.5 * two) @ projector(one)
     assert abs(share - float((seen * one).sum() / one.square().sum())) < 1e-8

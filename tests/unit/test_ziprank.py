@@ -218,9 +218,9 @@ def test_a_prior_of_zero_leaves_that_lora_out_of_the_layer():
     c, s = svd_of(matrix(1, 8, 9)), svd_of(matrix(2, 8, 9))
     merged, masks, _ = merge_pair(c, s, 1.0, 0.0, 1.0)
     assert bool((masks.style == 0).all()) and bool((masks.content == 1).all())
-    assert (product(merged) - product(c.pair())).norm() < 1e-9
+    assert (product(merged) - product(c.low_rank())).norm() < 1e-9
     half, _, _ = merge_pair(c, s, 1.0, 0.0, 0.5)
-    assert (product(half) - product(c.pair()) - 0.5 * product(s.pair())).norm() < 1e-9
+    assert (product(half) - product(c.low_rank()) - 0.5 * product(s.low_rank())).norm() < 1e-9
 
 
 def test_layers_side_by_side_are_solved_as_each_alone():

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from ..errors import StyleLoomError
-from ..lora.factors import Factors
+from ..lora.low_rank import LowRank
 from ..parallel import each_alone
 from ..tensor_file import TensorFile
 from .layouts import PredictorSpec, Target, targets
@@ -106,7 +106,7 @@ def _decode_block(
     x: torch.Tensor,
     count: int,
     hidden: torch.Tensor | None,
-) -> dict[str, list[Factors]]:
+) -> dict[str, list[LowRank]]:
     """All targets of one block; `x` holds `count` pictures, and rows that only fill up."""
     residual = _residual(file, block, hidden) if spec.residual is not None else None
     found = {}
@@ -123,7 +123,7 @@ def _decode_block(
             out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
             factors.append(out.unflatten(1, shape))
         _check_finite(file, target.stored, factors)
-        found[target.name] = [Factors(down, up) for down, up in zip(*factors)]
+        found[target.name] = [LowRank(down, up) for down, up in zip(*factors)]
     return found
 
 
@@ -134,7 +134,7 @@ def decode(
     hidden: torch.Tensor | None = None,
     arithmetic: str = "reference",
     on_target: Callable[[], None] | None = None,
-) -> dict[str, list[Factors]]:
+) -> dict[str, list[LowRank]]:
     """Predict one LoRA per picture.
 
     Args:
@@ -169,7 +169,7 @@ def decode(
     blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
-    found: dict[str, list[Factors]] = {}
+    found: dict[str, list[LowRank]] = {}
     with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden), blocks) as results:
         for done in results:
             found |= done

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import StyleLoomError
 from ..lora.algebra import concatenate, truncate
-from ..lora.factors import Factors
+from ..lora.low_rank import LowRank
 from ..parallel import each_alone
 
 
@@ -47,13 +47,13 @@ def parse_weights(text: str, count: int) -> list[float]:
 
 
 def fuse(
-    decoded: Sequence[dict[str, list[Factors]]],
+    decoded: Sequence[dict[str, list[LowRank]]],
     weights: Sequence[float],
     strength: float = 1.0,
     max_rank: int = 0,
-    extra: dict[str, Factors] | None = None,
+    extra: dict[str, LowRank] | None = None,
     on_target: Callable[[], None] | None = None,
-) -> dict[str, Factors]:
+) -> dict[str, LowRank]:
     """Concatenate along the rank: ΔW = strength · (Σ_predictors Σ_i w_i ΔW_i + ΔW_extra).
 
     With equal weights w_i = 1/N this is the published merge (`merge_lora` of DiffSynth-Studio): the mean over pictures,
@@ -68,10 +68,10 @@ def fuse(
         on_target: called after each target.
 
     Returns:
-        Factors by target, of rank (number of predictors) · (pictures of weight > 0) · rank [+ that of extra].
+        LowRank by target, of rank (number of predictors) · (pictures of weight > 0) · rank [+ that of extra].
     """
 
-    def fuse_target(name: str) -> Factors:
+    def fuse_target(name: str) -> LowRank:
         pairs, scales = [], []
         for per_picture in decoded:
             for pair, weight in zip(per_picture[name], weights, strict=True):
@@ -80,7 +80,7 @@ def fuse(
                     scales.append(strength * weight)
         if extra is not None:
             dtype = pairs[0].down.dtype
-            pairs.append(Factors(extra[name].down.to(dtype), extra[name].up.to(dtype)))
+            pairs.append(LowRank(extra[name].down.to(dtype), extra[name].up.to(dtype)))
             scales.append(strength)
         pair = concatenate(pairs, scales)
         return truncate(pair, max_rank) if max_rank else pair
@@ -95,7 +95,7 @@ def fuse(
 
 
 def check_bias(
-    extra: dict[str, Factors], rest: list[str], names: Sequence[str], widths: Callable[[str], tuple]
+    extra: dict[str, LowRank], rest: list[str], names: Sequence[str], widths: Callable[[str], tuple]
 ) -> None:
     """The bias LoRA must cover exactly the targets of the predictor.
 

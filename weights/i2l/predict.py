@@ -10,7 +10,8 @@ import torch
 
 from ..errors import StyleLoomError
 from ..lora.algebra import frobenius_norm
-from ..lora.factors import Factors, split_pairs
+from ..lora.low_rank import LowRank
+from ..lora.lora_model import split_pairs
 from ..parallel import each_alone
 from ..tensor_file import Header, TensorFile, fingerprint, read_header
 from .decode import decode
@@ -44,7 +45,7 @@ class Prediction:
     """`factors` by target; `recipe` can be written as JSON; `warnings` are what only came up here, and are part of
     `report` with those of opening the predictors."""
 
-    factors: dict[str, Factors]
+    factors: dict[str, LowRank]
     recipe: dict
     report: str
     warnings: list[str]
@@ -83,7 +84,7 @@ def _check_pair(predictor: Predictor, fine: Predictor) -> None:
         )
 
 
-def _read_bias(bias: Mapping[str, torch.Tensor], predictor: Predictor) -> dict[str, Factors]:
+def _read_bias(bias: Mapping[str, torch.Tensor], predictor: Predictor) -> dict[str, LowRank]:
     pairs, rest = split_pairs(bias)
     widths = predictor.spec.widths
     shapes = {t.name: (widths[t.a_width], widths[t.b_width]) for t in targets(predictor.spec.family)}
@@ -156,12 +157,12 @@ def predict_lora(
     return Prediction(factors, recipe, _report(recipe, factors, known + warnings), warnings)
 
 
-def _report(recipe: dict, factors: dict[str, Factors], warnings: list[str]) -> str:
+def _report(recipe: dict, factors: dict[str, LowRank], warnings: list[str]) -> str:
     with each_alone(frobenius_norm, factors.values(), at_once=24) as results:
         norms = dict(zip(factors, results, strict=True))
     largest = sorted(norms, key=norms.get, reverse=True)[:3]
     total = sum(norm * norm for norm in norms.values()) ** 0.5
-    size = sum(t.numel() * t.element_size() for pair in factors.values() for t in pair)
+    size = sum(t.numel() * t.element_size() for pair in factors.values() for t in (pair.down, pair.up))
     lines = [
         f"{len(factors)} targets of {recipe['family']}, rank {recipe['rank']}, {size / 1e6:.1f} MB",
         "from "

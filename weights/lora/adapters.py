@@ -12,36 +12,15 @@ Scales are those of the host: alpha over the rank, 1 where the file has no alpha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
 from ..errors import StyleLoomError
 from .algebra import thin_svd
+from .low_rank import LowRank
 
 LORA, LOHA, LOKR = "LoRA", "LoHa", "LoKr"
-
-
-class LowRank(NamedTuple):
-    """`up @ down` is the change of one weight, flattened behind its first axis.
-
-    down (rank, in·kernel…), up (out, rank), float32 or float64; `kernel` is what follows (out, in) in the weight's
-    shape, () for a linear layer.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.up.shape[0], self.down.shape[1])
 
 
 def _damaged(stem: str, found: str, expected: str) -> StyleLoomError:
@@ -150,7 +129,7 @@ def _loha(parts, stem: str) -> LowRank:
             up, down = (a @ b) * (c @ d), torch.eye(b.shape[1], dtype=b.dtype)
     except RuntimeError as error:
         raise _damaged(stem, f"the parts of a LoHa do not fit together ({error})", "matrices of one size") from error
-    return LowRank(*thin_svd(down, up * scale).pair(), kernel)
+    return thin_svd(down, up * scale).low_rank(kernel)
 
 
 def _lokr(parts, stem: str) -> LowRank:
@@ -184,9 +163,3 @@ def _lokr(parts, stem: str) -> LowRank:
     down = torch.kron(one.down, two.down)
     up = torch.kron(one.up * one.values, two.up * (two.values * scale))
     return LowRank(down, up, kernel)
-
-
-def full_shape(adapter: LowRank) -> tuple[int, ...]:
-    """(out, in, kernel…) of the weight that the adapter changes."""
-    out, columns = adapter.shape
-    return (out, columns // math.prod(adapter.kernel), *adapter.kernel)

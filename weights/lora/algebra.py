@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-from .factors import Factors
+from .low_rank import LowRank
 
 
-def frobenius_norm(pair: Factors) -> float:
+def frobenius_norm(pair: LowRank) -> float:
     """‖up·down‖_F, from the two rank×rank Grams: ‖BA‖² = tr((BᵀB)(AAᵀ)). Computed in fp32 or better."""
-    down, up = (t if t.dtype == torch.float64 else t.float() for t in pair)
+    down, up = (t if t.dtype == torch.float64 else t.float() for t in (pair.down, pair.up))
     squared = ((up.T @ up) * (down @ down.T)).sum()
-    return float(squared.clamp_min(0).sqrt())
+    return float(squared.clamp_min(0).sqrt()) * abs(pair.scale)
 
 
-def truncate(pair: Factors, max_rank: int) -> Factors:
+def truncate(pair: LowRank, max_rank: int) -> LowRank:
     """The best approximation of `up @ down` of at most `max_rank` in the Frobenius norm (Eckart-Young).
 
     With up = Q_b R_b and downᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ is that of the product; its root goes to
@@ -27,7 +27,7 @@ def truncate(pair: Factors, max_rank: int) -> Factors:
         max_rank: at least 1; a pair that is no larger comes back as it is.
 
     Returns:
-        Factors of the input's dtype.
+        LowRank of the input's dtype.
     """
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")
@@ -35,24 +35,25 @@ def truncate(pair: Factors, max_rank: int) -> Factors:
         return pair
     dtype = pair.down.dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    q_up, r_up = torch.linalg.qr(pair.up.to(work))
+    q_up, r_up = torch.linalg.qr(pair.up.to(work) * pair.scale)
     q_down, r_down = torch.linalg.qr(pair.down.to(work).T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T)
     k = min(max_rank, s.numel())  # a factor can be longer than its matrix is wide
     root = s[:k].sqrt()
     up = q_up @ (u[:, :k] * root)
     down = (root[:, None] * vh[:k]) @ q_down.T
-    return Factors(down.to(dtype), up.to(dtype))
+    return LowRank(down.to(dtype), up.to(dtype), pair.kernel, 1.0, pair.outputs, pair.inputs)
 
 
-def concatenate(pairs: list[Factors], scales: list[float]) -> Factors:
+def concatenate(pairs: list[LowRank], scales: list[float]) -> LowRank:
     """Σ scaleᵢ·upᵢ·downᵢ as one pair of rank Σ rankᵢ. Scales go to `down`, in fp32 with one rounding to its dtype."""
+    scales = [scale * pair.scale for pair, scale in zip(pairs, scales, strict=True)]
     # bf16 times a Python number is computed in fp32 and rounded once.
     if all(scale == scales[0] for scale in scales):
         down = torch.cat([p.down for p in pairs]).mul_(scales[0])
     else:
         down = torch.cat([p.down * scale for p, scale in zip(pairs, scales)])
-    return Factors(down, torch.cat([p.up for p in pairs], dim=1))
+    return LowRank(down, torch.cat([p.up for p in pairs], dim=1))
 
 
 class ThinSVD(NamedTuple):
@@ -63,10 +64,10 @@ class ThinSVD(NamedTuple):
     values: torch.Tensor
     up: torch.Tensor
 
-    def pair(self) -> Factors:
-        """Factors with the root of the values on each side, which is what half precision keeps best."""
+    def low_rank(self, kernel: tuple[int, ...] = ()) -> LowRank:
+        """With the root of the values on each side, which is what half precision keeps best."""
         root = self.values.sqrt()
-        return Factors(root[:, None] * self.down, self.up * root)
+        return LowRank(root[:, None] * self.down, self.up * root, kernel)
 
 
 def thin_svd(down: torch.Tensor, up: torch.Tensor, drop: float = 1e-6) -> ThinSVD:

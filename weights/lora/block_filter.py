@@ -17,7 +17,7 @@ import torch
 
 from ..errors import StyleLoomError
 from ..unet.blocks import ARCHITECTURES, Architecture, Block
-from .factors import LoRAModel
+from .lora_model import LoRAModel
 
 STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM = (
     "style blocks",

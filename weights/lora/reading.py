@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import StyleLoomError
-from .adapters import LowRank, kind_of, low_rank
+from .adapters import kind_of, low_rank
+from .low_rank import LowRank
 from .names import bare, find_target, key_part, sdxl_key_map
 
 _ALONE = ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")

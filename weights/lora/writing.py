@@ -7,8 +7,8 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from ..errors import StyleLoomError
-from .adapters import LowRank, full_shape
-from .factors import LoRAModel
+from .low_rank import LowRank
+from .lora_model import LoRAModel
 from .names import clip_key_map, sdxl_key_map, written_stem
 from .reading import CanonicalLoRA
 
@@ -52,7 +52,7 @@ def write_lora(
     tensors: dict[str, torch.Tensor] = {}
     for target, adapter in adapters.items():
         stem = written_stem(target, names, family, given.get(target, str(target)))
-        out, inner, *kernel = full_shape(adapter)
+        out, inner, *kernel = adapter.weight_shape
         down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem)
         up = _cast(adapter.up.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem)
         if "." in stem:

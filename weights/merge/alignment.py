@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import StyleLoomError
-from ..lora.adapters import LowRank, full_shape
+from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
 
 WeightShape = Callable[[str], tuple[int, ...] | None]
@@ -112,7 +112,7 @@ def check_sizes(loras: list[CanonicalLoRA], weight_shape: WeightShape | None) ->
             other = first.adapters.get(target)
             if other is not None and other.shape != adapter.shape:
                 raise StyleLoomError(
-                    f"{target} is {list(full_shape(other))} in {first.label} and {list(full_shape(adapter))} in "
+                    f"{target} is {list(other.weight_shape)} in {first.label} and {list(adapter.weight_shape)} in "
                     f"{lora.label}: these LoRAs are for two different models",
                     "LoRAs for one base model",
                     "Choose LoRAs that were trained on the same base model.",

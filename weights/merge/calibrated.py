@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ..lora.factors import Factors
+from ..lora.low_rank import LowRank
 from .two_loras import Prepared, prior_columns
 from .gauge import Gauge
 from .methods.router import route
@@ -117,7 +117,7 @@ def routed(
     p_s: float,
     separation: float,
     ridge: float = 0.1,
-) -> Factors:
+) -> LowRank:
     """One layer by the router: L = U (I + γ (M − I)) V with M from the mixed Grams."""
     grams = [mixed(found, own) for found, own in zip(measured, file_grams(gauge))]
     sizes = [gauge.up_c.shape[1], gauge.up_s.shape[1]]
@@ -125,4 +125,4 @@ def routed(
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
     matrix = eye + separation * (matrix - eye)
     up = torch.cat((gauge.up_c, gauge.up_s), 1)
-    return Factors(torch.cat((gauge.down_c, gauge.down_s)), up @ matrix.to(up.dtype))
+    return LowRank(torch.cat((gauge.down_c, gauge.down_s)), up @ matrix.to(up.dtype))

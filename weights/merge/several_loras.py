@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from ..errors import StyleLoomError
-from ..lora.adapters import LowRank
+from ..lora.low_rank import LowRank
 from ..lora.algebra import thin_svd
 from ..lora.reading import CanonicalLoRA
 from ..parallel import each_alone
@@ -65,9 +65,9 @@ def _merge_one(target, loras, strengths, method, options, max_rank, energy):
     if not there:
         return None, None
     if len(there) == 1:
-        pair, kept = cut(there[0].pair(), max_rank, energy)
+        pair, kept = cut(there[0].low_rank(), max_rank, energy)
         report = LayerReport(pair.rank, tuple(None if c is None else 1.0 for c in changes), energy=kept)
-        return LowRank(*pair, kernel), report
+        return replace(pair, kernel=kernel), report
     ranks = sum(change.values.numel() for change in there)
     options = replace(options, rank=max_rank or ranks, target=str(target))
     made = METHODS[method](there, options)
@@ -80,4 +80,4 @@ def _merge_one(target, loras, strengths, method, options, max_rank, energy):
         loss=sum(losses) / len(losses),
         energy=kept if kept < 1 else None,
     )
-    return LowRank(*pair, kernel), report
+    return replace(pair, kernel=kernel), report

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..lora.adapters import LowRank
+from ..lora.low_rank import LowRank
 from ..lora.algebra import thin_svd, truncate
-from ..lora.factors import Factors
 from ..lora.reading import CanonicalLoRA
 from ..parallel import each_alone
 from .gauge import Gauge, principal_gauge
@@ -122,7 +121,7 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
     """
     result = MergedLayers()
 
-    def one(index: int) -> Factors:
+    def one(index: int) -> LowRank:
         made = build(prepared.gauges[index], prepared.layer_masks(masks, index))
         return truncate(made, max_rank) if max_rank else made
 
@@ -132,7 +131,7 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
     if masks is not None:
         _report(prepared, masks, result)
     for target, (side, adapter) in prepared.one_sided.items():
-        pair = Factors(adapter.down, adapter.up)
+        pair = LowRank(adapter.down, adapter.up)
         pair = truncate(pair, max_rank) if max_rank else pair
         result.adapters[target] = LowRank(pair.down, pair.up, adapter.kernel)
         kept = (1.0, None) if side == 0 else (None, 1.0)

@@ -36,7 +36,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..lora.algebra import ThinSVD
-from ..lora.factors import Factors
+from ..lora.low_rank import LowRank
 from .gauge import Gauge, principal_gauge
 
 MAX_GAIN = 1.25  # how far keep-strength may raise the masks
@@ -195,7 +195,7 @@ def separated(masks: Masks, separation: float) -> Masks:
     return Masks(*(1 + separation * (mask - 1) for mask in masks[:2]), *turns)
 
 
-def build(gauge: Gauge, masks: Masks) -> Factors:
+def build(gauge: Gauge, masks: Masks) -> LowRank:
     """The masked sum of one layer, each direction's size split evenly over its two sides. Directions that are masked
     out are left out, and a pair with one input direction becomes one."""
     dtype, n = gauge.up_c.dtype, gauge.cosines.numel()
@@ -221,7 +221,7 @@ def build(gauge: Gauge, masks: Masks) -> Factors:
     if not bool(keep.all()):
         up, down, left, right = up[:, keep], down[keep], left[keep], right[keep]
     root = (right / left).sqrt()
-    return Factors(down / root[:, None], up * root)
+    return LowRank(down / root[:, None], up * root)
 
 
 def merge_pair(
@@ -232,7 +232,7 @@ def merge_pair(
     separation: float = 1.0,
     keep: bool = True,
     limit: float = 1.0,
-) -> tuple[Factors, Masks, Moments]:
+) -> tuple[LowRank, Masks, Moments]:
     """ZipRank of one weight; `fast.py` does the same for many at once.
 
     Args:

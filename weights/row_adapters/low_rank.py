@@ -4,42 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ..lora.low_rank import LowRank
 from .layers import Layer
-from .terms import Part, Term, stored, weights_like
+from .terms import Term, stored, weights_like
 
 
-@dataclass(frozen=True)
-class Pair:
-    """lora_down (rank, in) and lora_up (out, rank) of one LoRA; `scale` is alpha / rank; see `Term` for the rest."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: float
-    source: int
-    outputs: Part = None
-    inputs: Part = None
-
-
-class LowRank(Term):
-    """y[outputs] += strength · scale · up · (down · x), for several pairs that see the same input.
+class LowRankTerm(Term):
+    """y[outputs] += strength · scale · up · (down · x), for several low-rank changes that see the same input.
 
     All of them share one product with the stacked `down`: q, k and v of a fused projection, or several LoRAs of one
     branch. Each is then added to its own outputs in one `addmm`, without a copy of the output.
+
+    Args:
+        changes: (low-rank change, the place of its LoRA's strength), all with the same `inputs`.
     """
 
-    def __init__(self, layer: Layer, pairs: list[Pair], dtype: torch.dtype | None = None):
+    def __init__(self, layer: Layer, changes: list[tuple[LowRank, int]], dtype: torch.dtype | None = None):
+        pairs = [pair for pair, _ in changes]
         super().__init__(layer, -1, None, pairs[0].inputs)
         downs = [pair.down.reshape(pair.down.shape[0], -1) for pair in pairs]
         common = downs[0].dtype if len({down.dtype for down in downs}) == 1 else torch.float32
         self.down = stored(downs[0] if len(downs) == 1 else torch.cat([down.to(common) for down in downs]), dtype)
         self.keep("up", (pair.up.reshape(pair.up.shape[0], -1) for pair in pairs), dtype)
         self.scales = tuple(pair.scale for pair in pairs)
-        self.sources = tuple(pair.source for pair in pairs)
+        self.sources = tuple(source for _, source in changes)
         self.parts = tuple(pair.outputs for pair in pairs)
         self.ranks = tuple(down.shape[0] for down in downs)
         self.shared: SharedInput | None = None
@@ -84,7 +76,7 @@ class SharedInput:
     last of them.
     """
 
-    def __init__(self, members: list[LowRank]):
+    def __init__(self, members: list[LowRankTerm]):
         self._members = members
         self._place = {id(member): place for place, member in enumerate(members)}
         self._stacked = torch.cat([member.down for member in members])
@@ -98,7 +90,7 @@ class SharedInput:
             member.shared = self
             start = end
 
-    def hidden(self, member: LowRank, whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    def hidden(self, member: LowRankTerm, whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """down · x for one member, or None where it has to be computed for it alone."""
         place = self._place[id(member)]
         rows = (x.storage_offset(), x.shape)
@@ -129,9 +121,9 @@ class Observer:
 
     def __init__(self):
         self._last: torch.Tensor | None = None
-        self._groups: list[list[LowRank]] = []
+        self._groups: list[list[LowRankTerm]] = []
 
-    def see(self, member: LowRank, whole: torch.Tensor) -> None:
+    def see(self, member: LowRankTerm, whole: torch.Tensor) -> None:
         if self._groups and whole is self._last and member not in self._groups[-1]:
             self._groups[-1].append(member)
         else:

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
+from ....weights.lora.low_rank import LowRank
 from ....weights.row_adapters.layers import Layer
-from ....weights.row_adapters.low_rank import Pair
 from ....weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
@@ -53,8 +53,8 @@ class Place:
         return dataclasses.replace(self.layer, shape=tuple(shape))
 
 
-def term_of(adapter, place: Place) -> Term | Pair:
-    """A term, or a `Pair` where the adapter is low-rank on a linear layer, to be stacked with others.
+def term_of(adapter, place: Place) -> Term | LowRank:
+    """A term, or a `LowRank` where the adapter is low-rank on a linear layer, to be stacked with others.
 
     Raises:
         NoTerm: the change depends on the weight itself (DoRA), replaces it, or the layer is of no known kind.
@@ -88,7 +88,7 @@ def _plain(patch: tuple, place: Place) -> Term:
     return Difference(place.part_layer(), place.source, change, place.outputs(), place.inputs(), dtype=place.dtype)
 
 
-def _lora(adapter, place: Place) -> Term | Pair:
+def _lora(adapter, place: Place) -> Term | LowRank:
     up, down, alpha, mid, dora, reshape = adapter.weights
     _refuse_dora(dora)
     if reshape is not None:
@@ -102,7 +102,7 @@ def _lora(adapter, place: Place) -> Term | Pair:
         down = down.reshape(down.shape[0], -1)
         if mid is not None:  # a core over one pixel: W = up (mid down)
             down = mid.reshape(mid.shape[0], -1).to(torch.float32) @ down.to(torch.float32)
-        return Pair(down, up, scale, place.source, place.outputs(), place.inputs())
+        return LowRank(down, up, (), scale, place.outputs(), place.inputs())
     if place.part is not None:
         raise NoTerm("a part of a convolution")
     if layer.groups > 1:

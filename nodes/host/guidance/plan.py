@@ -11,7 +11,8 @@ import comfy.hooks
 import torch
 
 from ....weights.row_adapters.layers import layer_of
-from ....weights.row_adapters.low_rank import LowRank, Pair
+from ....weights.lora.low_rank import LowRank
+from ....weights.row_adapters.low_rank import LowRankTerm
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
 from ....weights.row_adapters.terms import Term, Turn
 from ....weights.errors import StyleLoomError
@@ -85,7 +86,7 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
         plan.schedules[branch] = [Schedule(entry) for entry in acting]
         plan.strengths[branch] = [entry.strength for entry in acting]
         plan.hooks[branch] = None
-        pending: dict[str, list[Term | Pair]] = {}
+        pending: dict[str, list[Term | tuple[LowRank, int]]] = {}
         for source, entry in enumerate(acting):
             _read(plan, model, branch, source, entry, dtype, pending)
         for name, made in pending.items():
@@ -133,8 +134,8 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             left[target] = adapter
             why[str(reason)] += 1
             continue
-        kinds["LoRA" if isinstance(term, Pair) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
-        pending.setdefault(name, []).append(term)
+        kinds["LoRA" if isinstance(term, LowRank) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
+        pending.setdefault(name, []).append((term, source) if isinstance(term, LowRank) else term)
         if layer.kind == "norm":
             plan.norms.setdefault(name, []).append((branch, source, target, adapter))
 
@@ -177,18 +178,18 @@ def _quantised(model, name: str) -> bool:
     )
 
 
-def _stacked(made: list[Term | Pair], layer, dtype) -> list[Term]:
-    """Neighbouring low-rank pairs on the same inputs become one term."""
+def _stacked(made: list[Term | tuple[LowRank, int]], layer, dtype) -> list[Term]:
+    """Neighbouring low-rank changes on the same inputs become one term."""
     terms: list[Term] = []
-    waiting: dict[object, list[Pair]] = {}
+    waiting: dict[object, list[tuple[LowRank, int]]] = {}
 
     def flush() -> None:
-        terms.extend(LowRank(layer, pairs, dtype) for pairs in waiting.values())
+        terms.extend(LowRankTerm(layer, pairs, dtype) for pairs in waiting.values())
         waiting.clear()
 
     for entry in made:
-        if isinstance(entry, Pair):
-            waiting.setdefault(entry.inputs, []).append(entry)
+        if isinstance(entry, tuple):
+            waiting.setdefault(entry[0].inputs, []).append(entry)
         else:
             flush()
             terms.append(entry)

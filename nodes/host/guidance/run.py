@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
-from ....weights.row_adapters.low_rank import LowRank, Observer, SharedInput
+from ....weights.row_adapters.low_rank import LowRankTerm, Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows, spans
 from .plan import Plan
 from ..lora_patches import find_module, some
@@ -53,7 +53,7 @@ class Pass:
 def branched_forward(name: str, forward: Callable, terms: Mapping[int, list], now: Pass) -> Callable:
     """A layer's forward that also applies each branch's terms to the rows of that branch."""
 
-    only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRank)}
+    only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRankTerm)}
     simple = len(only) == len(terms)
 
     def run(x, *args, **kwargs):
@@ -98,7 +98,7 @@ def branched_forward(name: str, forward: Callable, terms: Mapping[int, list], no
         for branch, start, length in runs:
             out, strengths = y.narrow(0, start, length), now.strengths[branch]
             for term, rows in zip(terms[branch], seen[start], strict=True):
-                if isinstance(term, LowRank):
+                if isinstance(term, LowRankTerm):
                     if watched and now.observers is not None:
                         now.observers[branch].see(term, x)
                     term.add(x if changed is None else None, rows, out, strengths)

@@ -103,7 +103,7 @@ def _set_flags(flags: list) -> None:
 
 
 def _own(path):
-    """Factors that autograd may save: those made in inference mode may not be."""
+    """LowRank that autograd may save: those made in inference mode may not be."""
     path.down, path.up = path.down.clone(), path.up.clone()
     return path
 

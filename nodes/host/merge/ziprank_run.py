@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ....weights.errors import StyleLoomError
-from ....weights.lora.adapters import LowRank
+from ....weights.lora.low_rank import LowRank
 from ....weights.lora.algebra import truncate
 from ....weights.lora.writing import write_lora
 from ....weights.merge import report as words

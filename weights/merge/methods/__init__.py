@@ -1,4 +1,4 @@
-"""Ways to merge the changes that several LoRAs make to one weight, each behind `merge(changes, options) -> Factors`."""
+"""Ways to merge the changes that several LoRAs make to one weight, each behind `merge(changes, options) -> LowRank`."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ...lora.algebra import ThinSVD, concatenate
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """Ranks side by side; nothing is approximated."""
-    return concatenate([change.pair() for change in changes], [1.0 / len(changes)] * len(changes))
+    return concatenate([change.low_rank() for change in changes], [1.0 / len(changes)] * len(changes))

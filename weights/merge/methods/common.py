@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def dense(change: ThinSVD) -> torch.Tensor:
     return (change.up * change.values) @ change.down
 
 
-def best_factors(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 3) -> Factors:
+def best_factors(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 3) -> LowRank:
     """About the best approximation of a matrix of that rank: a randomised range finder with power iterations (Halko,
     Martinsson and Tropp, 2011), or the SVD itself where the rank is not small."""
     out, inner = matrix.shape
@@ -60,4 +60,4 @@ def best_factors(matrix: torch.Tensor, rank: int, generator: torch.Generator, ro
         u = q @ u
     k = min(rank, int((s > 1e-6 * s[0]).sum())) if s.numel() and float(s[0]) > 0 else 0
     root = s[:k].sqrt()
-    return Factors(root[:, None] * vh[:k], u[:, :k] * root)
+    return LowRank(root[:, None] * vh[:k], u[:, :k] * root)

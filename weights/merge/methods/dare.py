@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options, best_factors, dense
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """Forms the whole matrices of one layer. Random by `options.seed`."""
     total = None
     for index, change in enumerate(changes):

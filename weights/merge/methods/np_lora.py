@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """The last of `changes` is the style. Rank Σ rank_k; the change itself is not formed."""
     share = options.mu / (1 + options.mu)
     downs, later = [], None
@@ -25,4 +25,4 @@ def merge(changes: list[ThinSVD], options: Options) -> Factors:
         rows = change.down if later is None else torch.cat((later, change.down))
         later = change.down if later is None else torch.linalg.qr(rows.T).Q.T
     ups = [change.up * change.values.sqrt() for change in changes]
-    return Factors(torch.cat(downs[::-1]), torch.cat(ups, 1))
+    return LowRank(torch.cat(downs[::-1]), torch.cat(ups, 1))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options, stacked
 
 
@@ -37,9 +37,9 @@ def route(
     return torch.linalg.solve(total + floor * torch.eye(len(total), dtype=total.dtype), own.T).T
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """Rank Σ rank_k; the change itself is not formed."""
     down, up = stacked(changes)
     grams = [(down @ change.down.T) @ (change.down @ down.T) for change in changes]
     matrix = route(grams, [change.values.numel() for change in changes], options.ridge)
-    return Factors(down, up @ matrix.to(up.dtype))
+    return LowRank(down, up @ matrix.to(up.dtype))

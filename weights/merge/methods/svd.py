@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...lora.algebra import ThinSVD, truncate
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from . import plain_sum
 from .common import Options
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """By QR and the SVD of a small matrix; the change itself is not formed."""
     return truncate(plain_sum.merge(changes, options), max(change.values.numel() for change in changes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options, best_factors, dense
 
 
@@ -33,7 +33,7 @@ def combined(matrices: list[torch.Tensor]) -> torch.Tensor:
     return total / count.clamp_min(1)
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """Forms the whole matrices of one layer."""
     matrix = combined([trimmed(dense(change), options.density) for change in changes])
     return best_factors(matrix, options.rank, options.generator("ties"))

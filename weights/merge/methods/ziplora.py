@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ...lora.algebra import ThinSVD
-from ...lora.factors import Factors
+from ...lora.low_rank import LowRank
 from .common import Options
 
 _ROUNDS, _ENOUGH = 100, 1e-4
@@ -59,9 +59,9 @@ def column_masks(changes: list[ThinSVD]) -> torch.Tensor:
     return masks
 
 
-def merge(changes: list[ThinSVD], options: Options) -> Factors:
+def merge(changes: list[ThinSVD], options: Options) -> LowRank:
     """Rank Σ rank_k; the change itself is not formed."""
     masks = column_masks(changes)
     roots = [change.values.sqrt() for change in changes]
     down = torch.cat([root[:, None] * change.down * mask for root, change, mask in zip(roots, changes, masks)])
-    return Factors(down, torch.cat([change.up * root for root, change in zip(roots, changes)], 1))
+    return LowRank(down, torch.cat([change.up * root for root, change in zip(roots, changes)], 1))

@@ -1,13 +1,13 @@
-"""The low-rank factor set: one `down` and one `up` per target, in which every part of the pack meets."""
+"""LORA_MODEL, the host's type for a LoRA on a wire, and the plain low-rank pairs of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
 from ..errors import StyleLoomError
+from .low_rank import LowRank
 
 # (suffix of the down factor, of the up factor), as diffusers and PEFT, DiffSynth, kohya and old diffusers spell them.
 PAIR_SUFFIXES = (
@@ -18,17 +18,6 @@ PAIR_SUFFIXES = (
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 )
 MODULE_PREFIXES = ("diffusion_model.", "transformer.")
-
-
-class Factors(NamedTuple):
-    """`up @ down` is the change of one weight: down (rank, in), up (out, rank), of one float dtype."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
 
 class LoRAModel(dict):
@@ -46,7 +35,7 @@ class LoRAModel(dict):
         self.source = source
 
 
-def to_lora_model(factors: Mapping[str, Factors], metadata: Mapping[str, str] | None = None) -> LoRAModel:
+def to_lora_model(factors: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> LoRAModel:
     """Name factors as every host from 0.3.76 on reads them: `diffusion_model.{target}.lora_A.weight`, no alpha
     (so the scale is 1)."""
     tensors = {}
@@ -56,19 +45,19 @@ def to_lora_model(factors: Mapping[str, Factors], metadata: Mapping[str, str] | 
     return LoRAModel(tensors, metadata)
 
 
-def split_pairs(lora: Mapping[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:
+def split_pairs(lora: Mapping[str, torch.Tensor]) -> tuple[dict[str, LowRank], list[str]]:
     """Read the plain low-rank pairs of a LoRA, `alpha / rank` multiplied into `up`.
 
     Args:
         lora: tensors in LoRA-file keys, any of `PAIR_SUFFIXES`, with or without `diffusion_model.` or `transformer.`.
 
     Returns:
-        Factors by bare target name, and the keys that belong to no such pair (other adapter kinds, lone halves).
+        Low-rank changes by bare target name, and the keys that belong to no such pair (other adapter kinds, lone halves).
 
     Raises:
         StyleLoomError: the two halves of a pair disagree on the rank.
     """
-    pairs: dict[str, Factors] = {}
+    pairs: dict[str, LowRank] = {}
     used: set[str] = set()
     for key in lora:
         for down_suffix, up_suffix in PAIR_SUFFIXES:
@@ -92,6 +81,6 @@ def split_pairs(lora: Mapping[str, torch.Tensor]) -> tuple[dict[str, Factors], l
                 up = up * (float(alpha) / down.shape[0])
                 used.add(stem + ".alpha")
             name = next((stem[len(p) :] for p in MODULE_PREFIXES if stem.startswith(p)), stem)
-            pairs[name] = Factors(down, up)
+            pairs[name] = LowRank(down, up)
             used |= {key, up_key}
     return pairs, [key for key in lora if key not in used]
