@@ -176,9 +176,11 @@ def encode(siglip: EncoderFile, dino: EncoderFile, pictures: list, clip=None) ->
     One encoder after the other, so that the larger one sets the peak of memory and not the sum.
     """
     hashes = [preprocess.image_hash(picture) for picture in pictures]
+    # The cache may drop a picture of this very run while others are added, so the run keeps its own.
+    known = {file: {digest: file.seen[digest] for digest in hashes if digest in file.seen} for file in (siglip, dino)}
     todo = {
-        file: {digest: picture for digest, picture in zip(hashes, pictures) if digest not in file.seen}
-        for file in (siglip, dino)
+        file: {digest: picture for digest, picture in zip(hashes, pictures) if digest not in found}
+        for file, found in known.items()
     }
     views = ("coarse", "fine") if clip is not None else ()
     steps = Steps(sum(len(missing) * file.blocks for file, missing in todo.items()) + len(views) * len(pictures))
@@ -186,7 +188,8 @@ def encode(siglip: EncoderFile, dino: EncoderFile, pictures: list, clip=None) ->
         if missing:
             with TowerRun(file) as tower:
                 for digest, picture in missing.items():
-                    file.seen[digest] = tower(file.pixels(preprocess.crop_1024(picture)), steps)
+                    made = tower(file.pixels(preprocess.crop_1024(picture)), steps)
+                    known[file][digest] = file.seen[digest] = made
     residuals = {
         view: [text_view(clip, preprocess.residual_image(picture, view), view, steps) for picture in pictures]
         for view in views
@@ -195,7 +198,7 @@ def encode(siglip: EncoderFile, dino: EncoderFile, pictures: list, clip=None) ->
     return stack_references(
         [
             ReferenceSet(
-                torch.cat([siglip.seen[digest], dino.seen[digest]], dim=1),
+                torch.cat([known[siglip][digest], known[dino][digest]], dim=1),
                 (digest,),
                 *(residuals[view][i] if view in residuals else None for view in ("coarse", "fine")),
                 described,

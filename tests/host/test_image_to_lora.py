@@ -185,6 +185,26 @@ def test_a_picture_seen_before_is_not_encoded_again(run_node, pack, monkeypatch)
     assert torch.equal(more.embeddings[:2], first.embeddings)
 
 
+def test_more_pictures_than_the_cache_holds(run_node, pack, monkeypatch):
+    """A run keeps the embeddings that it needs, also when the cache drops them while others are added."""
+    fresh, plain = (
+        run_node(
+            "StyleLoomLoadImageEncoders",
+            siglip_name="kit/siglip2_small.safetensors",
+            dino_name="kit/dinov3_small.safetensors",
+            precision="bf16",
+        )[0]
+        for _ in range(2)
+    )
+    images = pictures((3, 40, 40))
+    want = run_node("StyleLoomEncodeReferences", encoders=[plain], images=images)[0]
+    monkeypatch.setattr(type(fresh[0].seen), "LIMIT", 2)
+    for _ in range(2):  # the second run finds some of them in the cache, and drops those while it adds the others
+        found = run_node("StyleLoomEncodeReferences", encoders=[fresh], images=images)[0]
+        assert torch.equal(found.embeddings, want.embeddings)
+    assert all(len(file.seen) == 2 for file in fresh)
+
+
 @pytest.mark.parametrize(("precision", "close"), [("fp8", 0.15), ("fp32", 0.02)])
 def test_other_precisions_see_the_same(precision, close, run_node, references):
     encoders = run_node(

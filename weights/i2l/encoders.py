@@ -16,8 +16,9 @@ from .towers import compute_dtype, recognise_tower
 _PIXELS = {"siglip2": preprocess.siglip_pixels, "dinov3": preprocess.dino_pixels}
 
 
-class Seen(OrderedDict):
-    """Embeddings by the hash of the picture, the oldest forgotten first. 2048 pictures of DINOv3-7B are 16 MB."""
+class EmbeddingCache(OrderedDict):
+    """Embeddings by the hash of the picture, at most `LIMIT`, the oldest dropped first. 2048 pictures of DINOv3-7B are
+    16 MB. A run that needs more than that keeps what it needs itself."""
 
     LIMIT = 2048
 
@@ -47,7 +48,7 @@ class EncoderFile:
     config: object
     precision: str
     fingerprint: str
-    seen: Seen = field(default_factory=Seen)
+    seen: EmbeddingCache = field(default_factory=EmbeddingCache)
 
     @property
     def blocks(self) -> int:
