@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,11 @@ class MergeSettings:
     calibration_steps: int = 4
     size: int = 1024
     prior_weight: float = 0.1
+
+    @classmethod
+    def of(cls, given: MergeSettings | Mapping) -> MergeSettings:
+        """From the inputs that a node was given; what is left out has its default."""
+        return given if isinstance(given, cls) else cls(**given)
 
     @property
     def strengths(self) -> tuple[float, float]:
