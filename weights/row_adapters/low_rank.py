@@ -29,7 +29,7 @@ class LowRankTerm(Term):
         downs = [pair.down.reshape(pair.down.shape[0], -1) for pair in pairs]
         common = downs[0].dtype if len({down.dtype for down in downs}) == 1 else torch.float32
         self.down = stored(downs[0] if len(downs) == 1 else torch.cat([down.to(common) for down in downs]), dtype)
-        self.keep("up", (pair.up.reshape(pair.up.shape[0], -1) for pair in pairs), dtype)
+        self.hold("up", (pair.up.reshape(pair.up.shape[0], -1) for pair in pairs), dtype)
         self.scales = tuple(pair.scale for pair in pairs)
         self.sources = tuple(source for _, source in changes)
         self.parts = tuple(pair.outputs for pair in pairs)
@@ -50,7 +50,7 @@ class LowRankTerm(Term):
         if hidden is None:
             if not any(strengths[source] for source in self.sources):
                 return
-            hidden = F.linear(self._seen(x), weights_like(self.down, x))
+            hidden = F.linear(self._inputs_of(x), weights_like(self.down, x))
         if hidden.dtype != y.dtype:
             hidden = hidden.to(y.dtype)
         if hidden.ndim != 2:

@@ -1,8 +1,12 @@
-"""Which rows of a layer's input belong to which branch of guidance."""
+"""Which rows of a layer's input belong to which branch.
+
+A branch is a number: the side of guidance (`POSITIVE`, `NEGATIVE`), or what a merge makes of its rows (see
+`masked.py`).
+"""
 
 from __future__ import annotations
 
-POSITIVE, NEGATIVE = 0, 1
+POSITIVE, NEGATIVE = 0, 1  # as the host numbers them in `cond_or_uncond`
 
 # A transformer that sees reference pictures may run its time embedding a second time, at sigma 0, and lay those rows
 # behind all others. The batch then stands twice in a row, whole, instead of every row twice.
@@ -23,7 +27,7 @@ def spans(order: tuple[int, ...], batch: int, rows: int, tiled: bool = False) ->
     """Cuts the leading axis of a layer's input into runs of rows of one branch.
 
     Args:
-        order: The branch of each chunk of the batch, in the batch's order; POSITIVE or NEGATIVE.
+        order: The branch of each chunk of the batch, in the batch's order.
         batch: Rows of the model's input: the same number for each chunk.
         rows: Rows of this layer's input.
         tiled: Twice the batch means the whole batch two times, one after the other.

@@ -2,10 +2,11 @@
 
 A merged weight W' gives W' x + b. Every term makes the difference to W x + b from x, from the output, or by changing x
 before the layer sees it. Terms of one layer are applied in the order in which patches would be merged, so that a
-rotation also turns what a LoRA before it added.
+rotation also rotates what a LoRA before it added.
 
 Shapes: x (rows, …, in) for a linear layer or (rows, in, …) for a convolution; y the same with out. y is changed in
-place. `strengths` holds one number for each LoRA of the branch; 0 does nothing.
+place. `strengths` holds one entry for each source of the branch: for an adapter of guidance the strength of its LoRA (0
+does nothing), for a masked one what is used of its ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def stored(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> tor
         return None
     if dtype is not None and tensor.is_floating_point() and dtype.itemsize <= tensor.dtype.itemsize:
         tensor = tensor.to(dtype)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        tensor = tensor.clone()  # autograd may not save a tensor that was made in inference mode
     return torch.nn.Parameter(tensor.detach(), requires_grad=False)
 
 
@@ -40,7 +43,7 @@ class Term(torch.nn.Module, ABC):
 
     Args:
         layer: The layer, or the part of it that the adapter was made for.
-        source: Which of the branch's LoRAs it comes from: the place of its strength.
+        source: The place of its entry in `strengths`.
         outputs: The output channels that it changes.
         inputs: The input channels that it sees.
     """
@@ -50,7 +53,7 @@ class Term(torch.nn.Module, ABC):
         self.layer, self.source, self.outputs, self.inputs = layer, source, outputs, inputs
         self._counts: dict[str, int] = {}
 
-    def keep(self, name: str, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    def hold(self, name: str, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> None:
         """Hold several tensors as weights of this module itself: the host loads modules without children piece by
         piece, others only whole."""
         self._counts[name] = 0
@@ -58,21 +61,21 @@ class Term(torch.nn.Module, ABC):
             self.register_parameter(f"{name}{number}", stored(tensor, dtype))
             self._counts[name] += 1
 
-    def kept(self, name: str) -> list[torch.Tensor]:
+    def held(self, name: str) -> list[torch.Tensor]:
         return [getattr(self, f"{name}{number}") for number in range(self._counts[name])]
 
-    def enter(self, x: torch.Tensor, strengths: tuple[float, ...]) -> torch.Tensor:
+    def enter(self, x: torch.Tensor, strengths: tuple) -> torch.Tensor:
         """The input as the layer, and every term before this one, shall see it."""
         return x
 
     @abstractmethod
-    def leave(self, x: torch.Tensor, y: torch.Tensor, strengths: tuple[float, ...], base: Callable) -> None:
+    def leave(self, x: torch.Tensor, y: torch.Tensor, strengths: tuple, base: Callable) -> None:
         """Change the output y in place; x is the input that this term sees, `base` the layer itself."""
 
-    def _seen(self, x: torch.Tensor) -> torch.Tensor:
+    def _inputs_of(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.inputs is None else x.narrow(self.layer.axis, *self.inputs)
 
-    def _made(self, y: torch.Tensor) -> torch.Tensor:
+    def _outputs_of(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.outputs is None else y.narrow(self.layer.axis, *self.outputs)
 
 
@@ -81,7 +84,7 @@ class Added(Term):
 
     def leave(self, x, y, strengths, base):
         if strengths[self.source] != 0:
-            self._add(self._seen(x), self._made(y), strengths[self.source])
+            self._add(self._inputs_of(x), self._outputs_of(y), strengths[self.source])
 
     @abstractmethod
     def _add(self, x: torch.Tensor, y: torch.Tensor, strength: float) -> None:
@@ -124,10 +127,10 @@ class Difference(Added):
         super().__init__(layer, source, outputs, inputs)
         self.make = change if callable(change) else None
         self.change = None if callable(change) else stored(change.reshape(layer.shape), dtype)
-        self.keep("held", holds)
+        self.hold("held", holds)
 
     def _add(self, x, y, strength):
-        change = weights_like(self.change, x) if self.make is None else self.make(self.kept("held"), x)
+        change = weights_like(self.change, x) if self.make is None else self.make(self.held("held"), x)
         y.add_(self.layer.apply(x, change), alpha=strength)
 
 
@@ -154,12 +157,12 @@ class Kronecker(Added):
 
     def __init__(self, layer, source, first: tuple, second: tuple, scale: float, outputs=None, inputs=None, dtype=None):
         super().__init__(layer, source, outputs, inputs)
-        self.keep("first", first, dtype)
-        self.keep("second", (tensor.reshape(tensor.shape[0], -1) for tensor in second), dtype)
+        self.hold("first", first, dtype)
+        self.hold("second", (tensor.reshape(tensor.shape[0], -1) for tensor in second), dtype)
         self.scale = scale
 
     def _add(self, x, y, strength):
-        w1, w2 = (_product([weights_like(w, x) for w in self.kept(name)]) for name in ("first", "second"))
+        w1, w2 = (_product([weights_like(w, x) for w in self.held(name)]) for name in ("first", "second"))
         grid = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         made = torch.matmul(w1, F.linear(grid, w2))
         y.add_(made.flatten(-2), alpha=strength * self.scale)
@@ -190,7 +193,7 @@ class InputAndOutput(Added):
         y.add_(self.layer.pointwise(hidden, weights_like(self.b_up, x)), alpha=strength * self.scale)
 
 
-class Turn(Term):
+class OutputTransform(Term):
     """Adapters that act on the output side of the weight (OFT, BOFT): W' = W + L W, so y' − b = (1 + L)(y − b).
 
     `make(held tensors, strength, like)` gives L (out, out). The bias is what the layer makes of zeros: that holds for
@@ -200,18 +203,21 @@ class Turn(Term):
     def __init__(self, layer, source, make: Callable, outputs=None, holds=()):
         super().__init__(layer, source, outputs)
         self.make = make
-        self.keep("held", holds)
+        self.hold("held", holds)
 
     def leave(self, x, y, strengths, base):
         strength = strengths[self.source]
         if strength == 0:
             return
-        turn, turned = self.make(self.kept("held"), strength, y), self._made(y)
-        free = turned
+        matrix, out = self.make(self.held("held"), strength, y), self._outputs_of(y)
+        free = out
         if self.layer.bias:
             shape = x.shape[-1:] if self.layer.kind == "linear" else x.shape[1:]
-            free = turned - self._made(base(x.new_zeros(1, *shape)))
-        turned.add_(self.layer.pointwise(free, weights_like(turn, y)))
+            free = out - self._outputs_of(base(x.new_zeros(1, *shape)))
+        out.add_(self.layer.pointwise(free, weights_like(matrix, y)))
+
+
+Turn = OutputTransform  # the name that nodes/host/guidance/adapter_terms.py uses
 
 
 def _product(factors: list[torch.Tensor]) -> torch.Tensor:

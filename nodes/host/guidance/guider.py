@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import comfy.hooks
-import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
+from ..batch_sides import side_of_list
+from ..row_terms import carry
 from .plan import Plan
 from .run import KEY, BranchRun, NormsNotRun
-
-_BRANCHES = {"positive": POSITIVE, "negative": NEGATIVE}
 
 
 class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
@@ -27,24 +25,14 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, plan: Plan):
         super().__init__(model.clone())
         self._plan = plan
-        holder = plan.holder()
-        if len(holder):
-            # As an additional model the tensors are loaded, counted and moved out by the host, like a ControlNet's.
-            self.model_patcher.set_additional_models(
-                KEY,
-                [
-                    comfy.model_patcher.ModelPatcher(
-                        holder, load_device=model.load_device, offload_device=model.offload_device
-                    )
-                ],
-            )
+        carry(self.model_patcher, KEY, plan.holder())
 
     def set_conds(self, positive, negative):
         """positive, negative: CONDITIONING; negative may be None, as with cfg 1."""
         self._given = (positive, negative)
         conds = {"positive": positive} | ({} if negative is None else {"negative": negative})
         for name in conds:
-            hooks = self._plan.hooks[_BRANCHES[name]]
+            hooks = self._plan.hooks[side_of_list(name)]
             if hooks is not None:
                 conds[name] = comfy.hooks.set_hooks_for_conditioning(conds[name], hooks)
         self.inner_set_conds(conds)
@@ -61,23 +49,21 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
         run = BranchRun(self._plan)
-        # The host copies areas from one side to the other, id and hooks with them: where they were before tells.
-        own = {cond["uuid"]: _BRANCHES[name] for name, conds in self.conds.items() for cond in conds}
+        run.sides.given(self.conds)
 
         def told(executor, guider, *inner):
-            copied = run.know({_BRANCHES[name]: conds for name, conds in self.conds.items()}, own)
-            for cond, branch in copied:
-                cond["hooks"] = self._hooks_on(branch, cond.get("hooks"))
+            for cond, side in run.sides.prepared(self.conds):
+                cond["hooks"] = self._hooks_on(side, cond.get("hooks"))
             return executor(guider, *inner)
 
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, told, self.model_options, is_model_options=True)
         with run.active(patchers, self.model_options):
             return super().inner_sample(*args, **kwargs)
 
-    def _hooks_on(self, branch: int, hooks):
+    def _hooks_on(self, side: int, hooks):
         """Hooks of a conditioning that was copied to a side: the user's stay, the plan's become those of that side."""
         planned = [hook for group in self._plan.hooks.values() if group is not None for hook in group.hooks]
-        mine = self._plan.hooks[branch]
+        mine = self._plan.hooks[side]
         made = comfy.hooks.HookGroup()
         for hook in hooks.hooks if hooks is not None else ():
             if hook not in planned:

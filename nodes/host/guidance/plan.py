@@ -14,12 +14,13 @@ from ....weights.row_adapters.layers import layer_of
 from ....weights.lora.low_rank import LowRank
 from ....weights.row_adapters.low_rank import LowRankTerm
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
-from ....weights.row_adapters.terms import Term, Turn
+from ....weights.row_adapters.terms import OutputTransform, Term
 from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
 from ..lora_patches import find_module, is_text_key, lora_patches, some
+from ..row_terms import computed_in, parts_of
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
 
@@ -102,12 +103,6 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
     return plan
 
 
-def computed_in(model) -> torch.dtype | None:
-    """The dtype of the model's activations; None where the host does not say."""
-    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
-    return dtype if dtype is None or dtype.itemsize > 1 else None  # 8 bits are storage
-
-
 def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict) -> None:
     label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
     text = [key for key in entry.lora if is_text_key(key)]
@@ -123,12 +118,12 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
     patches = lora_patches(model, None, lora, label)
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
-        key, part, swap = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
+        key, part, swap = parts_of(target)
         name, _, parameter = key.rpartition(".")
         layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
         try:
             term = term_of(adapter, Place(key, parameter, layer, source, part, swap, dtype))
-            if isinstance(term, Turn) and layer.bias and _quantised(model, name):
+            if isinstance(term, OutputTransform) and layer.bias and _quantised(model, name):
                 raise NoTerm(f"{adapter.name} on a quantised layer with a bias")
         except NoTerm as reason:
             left[target] = adapter
@@ -153,7 +148,7 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         plan.report.append(
             f"  {len(left)} through ComfyUI's weight hooks, which run the branches one after the other and patch these "
             f"weights in every step: {', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
-            f"{some(_key(target) for target in left)}"
+            f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)
     if text:
@@ -162,10 +157,6 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             f"{NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
         )
         logging.warning("StyleLoom: Asymmetric CFG: %s", plan.report[-1].strip())
-
-
-def _key(target) -> str:
-    return target if isinstance(target, str) else target[0]
 
 
 def _quantised(model, name: str) -> bool:

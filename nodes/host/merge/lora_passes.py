@@ -11,9 +11,15 @@ import comfy.samplers
 import torch
 
 from ....weights.errors import StyleLoomError
-from .masked_lora import CONTENT, STYLE, MaskedLoRA
+from ....weights.row_adapters.masked import CONTENT, STYLE
+from .masked_lora import MaskedLoRA
 
-_NAMES = ("content", "style")
+SEEDS = 2**64
+
+
+def following(seed: int, number: int) -> int:
+    """The seed of the picture of that number; after the largest comes 0."""
+    return (seed + number) % SEEDS
 
 
 def prompts(text: str, name: str) -> list[str]:
@@ -60,7 +66,9 @@ def generate(model, positive, latent: torch.Tensor, steps: int, seed: int, on_st
     )  # fmt: skip
 
 
-def look_at(model, positive, latents: torch.Tensor, levels: int, seed: int, on_step: Callable[[], None]) -> None:
+def run_at_noise_levels(
+    model, positive, latents: torch.Tensor, levels: int, seed: int, on_step: Callable[[], None]
+) -> None:
     """One pass of the model over noised latents at each of several noise levels, evenly spread over the schedule."""
     sampling = model.get_model_object("model_sampling")
     sampler = comfy.samplers.sampler_object("euler")
@@ -87,25 +95,33 @@ class Grams:
 
 
 def calibrate(
-    model, clip, tensors, strengths, paths, layers: int, texts, latents, size: int, levels: int, seed: int, on_step
+    model, clip, tensors, strengths, ranks, layers: int, texts, latents, size: int, levels: int, seed: int, on_step
 ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     """H_c and H_s of each shared layer: the content LoRA alone on its prompts, then the style LoRA alone on its own.
 
     Args:
+        model: MODEL, a clone.
+        tensors, strengths: of content and style: the LoRAs as given, and their strengths.
+        ranks: from `stacked_ranks`. layers: number of shared layers.
         texts: (content prompts, style prompts). latents: (tensor or None, tensor or None), of real pictures.
         levels: noise levels; steps of the run where there are no pictures.
+
+    Raises:
+        StyleLoomError: layers of the LoRAs that the model does not call.
     """
     seen = []
-    with MaskedLoRA(model.model, paths) as lora:
-        for side in (CONTENT, STYLE):
+    with MaskedLoRA(model, ranks) as lora:
+        for role in (CONTENT, STYLE):
             grams = Grams(layers)
-            lora.rows, lora.watch = [side], grams
-            encoder = with_text_part(clip, tensors[side], strengths[side])
-            for number, text in enumerate(texts[side]):
-                positive = encode(encoder, text)
-                if latents[side] is None:
-                    generate(model, positive, empty_latent(model, size), levels, seed + number, on_step)
+            lora.use([role])
+            lora.watch(grams)
+            encoder = with_text_part(clip, tensors[role], strengths[role])
+            for number, text in enumerate(texts[role]):
+                positive, own = encode(encoder, text), following(seed, number)
+                if latents[role] is None:
+                    generate(model, positive, empty_latent(model, size), levels, own, on_step)
                 else:
-                    look_at(model, positive, latents[side], levels, seed + number, on_step)
+                    run_at_noise_levels(model, positive, latents[role], levels, own, on_step)
+                lora.check_called()
             seen.append(grams.found)
     return list(zip(*seen))

@@ -1,128 +1,171 @@
-"""Two LoRAs on the activations of a model, with one mask for each row of a batch: content, style and merged in one go.
+"""Two LoRAs in the layers of a model, with one mask for each row of a batch: content, style and merged in one go.
 
-The low-rank path y = f(x) + U (z ∘ V x) costs R numbers a token, needs no weight (so the model may be quantised or
-offloaded), and its gradient reaches the masks. It hangs on forward hooks, which come off when the block is left.
+The rows of a batch are the branches of the row engine (`weights/row_adapters`), the masks stand in the place of
+strengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
 
-import comfy.utils
 import torch
-import torch.nn.functional as F
+from comfy.patcher_extension import WrappersMP
 
 from ....weights.errors import StyleLoomError
+from ....weights.lora.low_rank import LowRank
 from ....weights.merge.two_loras import Prepared
+from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
+from ....weights.row_adapters.layers import layer_of
+from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE, MaskedLowRank
+from ....weights.row_adapters.rows import TILED
+from ..lora_patches import find_module, some
+from ..row_terms import carry, computed_in, parts_of
 
-CONTENT, STYLE, MERGED = 0, 1, 2
+KEY = "styleloom_masked_lora"
+
+Watch = Callable[[int, torch.Tensor], None]
 
 
-@dataclass
-class Path:
-    """One layer's low-rank path: down (R, in·kernel…), up (out, R), kernel, where content's ranks end; `index` in the
-    shared layers, -1 for one that only one LoRA has."""
+@dataclasses.dataclass(frozen=True)
+class StackedRanks:
+    """The ranks of both LoRAs for one target, content's first.
+
+    Attributes:
+        target: The host's, see `parts_of`.
+        change: Both LoRAs as one; its `outputs`, `inputs` and rows are those of the weight.
+        content: How many of the ranks are content's.
+        index: The place among the shared layers of `Prepared`; -1 for a layer that only one LoRA has.
+    """
 
     target: Hashable
-    down: torch.Tensor
-    up: torch.Tensor
-    kernel: tuple[int, ...]
-    content_ranks: int
+    change: LowRank
+    content: int
     index: int = -1
 
+    @property
+    def layer(self) -> str:
+        return parts_of(self.target)[0].removesuffix(".weight")
 
-def paths_of(prepared: Prepared) -> list[Path]:
-    """The layers of the diffusion model: text encoders are not reached by hooks on it."""
+
+def stacked_ranks(prepared: Prepared) -> list[StackedRanks]:
+    """The layers of the diffusion model; text encoders are no part of it."""
     found = []
     for index, (target, gauge) in enumerate(zip(prepared.targets, prepared.gauges)):
         down, up = torch.cat((gauge.down_c, gauge.down_s)), torch.cat((gauge.up_c, gauge.up_s), 1)
-        found.append(Path(target, down, up, prepared.kernels[index], gauge.up_c.shape[1], index))
-    for target, (side, adapter) in prepared.one_sided.items():
-        ranks = adapter.rank if side == CONTENT else 0
-        found.append(Path(target, adapter.down, adapter.up, adapter.kernel, ranks))
-    return [path for path in found if _key(path.target).startswith("diffusion_model.")]
+        found.append(_stacked(target, LowRank(down, up), gauge.up_c.shape[1], index))
+    for target, (role, adapter) in prepared.one_sided.items():
+        found.append(_stacked(target, LowRank(adapter.down, adapter.up), adapter.rank if role == CONTENT else 0))
+    return [ranks for ranks in found if ranks.layer.startswith("diffusion_model.")]
 
 
-def _key(target: Hashable) -> str:
-    return target[0] if isinstance(target, tuple) else str(target)
+def _stacked(target: Hashable, change: LowRank, content: int, index: int = -1) -> StackedRanks:
+    _, part, swap = parts_of(target)
+    axis, cut = (None, None) if part is None else (part[0], tuple(part[1:]))
+    change = dataclasses.replace(
+        change,
+        up=change.up if swap is None else swap(change.up),
+        outputs=cut if axis == 0 else None,
+        inputs=cut if axis == 1 else None,
+    )
+    return StackedRanks(target, change, content, index)
 
 
 class MaskedLoRA:
-    """`with MaskedLoRA(model, paths) as lora:` then set `lora.rows` and `lora.masks` before each forward.
+    """`with MaskedLoRA(model, ranks) as lora:`, then `lora.use(rows, …)` before the model is run.
 
-    rows: what each row of the batch is, a list of CONTENT, STYLE, MERGED; one entry stands for all rows.
-    masks: for MERGED, (R,) by the index of a shared layer.
-    watch: None, or a function (index, h) that is given V x (tokens, R) of every shared layer.
+    Args:
+        model: MODEL, a clone. The host moves the LoRAs with it while the block is open; afterwards it and its layers
+            are as before.
+        ranks: From `stacked_ranks`.
+
+    Raises:
+        StyleLoomError: a layer that the model does not have, or of a kind that takes no LoRA.
     """
 
-    def __init__(self, model: torch.nn.Module, paths: Sequence[Path]):
-        self.model, self.paths = model, paths
-        self.rows: list[int] = [CONTENT]
-        self.masks: list[torch.Tensor] = []
-        self.watch = None
-        self._handles: list = []
+    def __init__(self, model, ranks: Sequence[StackedRanks]):
+        self.model, self.ranks = model, list(ranks)
+        self._call = ModelCall()
+        self._tiled = type(model.model.diffusion_model).__name__ in TILED
+        alone = [(each.content, each.change.rank - each.content) for each in self.ranks]
+        self._alone = {CONTENT: tuple((0, content) for content, _ in alone), STYLE: tuple(alone)}
+        self._terms: list[MaskedLowRank] = []
+        self._layers: LayersWithTerms | None = None
 
     def __enter__(self) -> MaskedLoRA:
-        try:
-            for path in self.paths:
-                module = comfy.utils.get_attr(self.model, _key(path.target).removesuffix(".weight"))
-                self._handles.append(module.register_forward_hook(self._hook(path)))
-        except AttributeError as error:
-            self.__exit__()
-            raise StyleLoomError(
-                f"{path.target} is not in this model", "LoRAs for this model", "Connect the base model of both LoRAs."
-            ) from error
+        dtype, layers = computed_in(self.model), {}
+        for place, each in enumerate(self.ranks):
+            module = find_module(self.model.model, each.layer)
+            layer = None if module is None else layer_of(module)
+            if layer is None or layer.kind == "norm":
+                raise StyleLoomError(
+                    f"{each.layer} is not in this model, or no linear layer or convolution",
+                    "LoRAs for this model",
+                    "Connect the base model of both LoRAs.",
+                )
+            self._terms.append(MaskedLowRank(layer, place, each.change, dtype))
+            layers.setdefault(each.layer, []).append(self._terms[-1])
+        terms = {name: dict.fromkeys((CONTENT, STYLE, MERGED), made) for name, made in layers.items()}
+        self._layers = LayersWithTerms(lambda name: find_module(self.model.model, name), terms, self._call)
+        self.use([CONTENT])
+        carry(self.model, KEY, torch.nn.ModuleList(self._terms))
+        self._layers.put_in()
+        self._call.active, self._call.called = True, set()
         return self
 
     def __exit__(self, *exc) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._call.active = False
+        self._layers.take_out()
+        self.model.remove_additional_models(KEY)
+        self._terms, self._layers = [], None  # with them go the copies on the device
 
-    def _mask(self, path: Path, batch: int, like: torch.Tensor) -> torch.Tensor:
-        """(batch or 1, R): the row of each sample."""
-        content = torch.zeros(path.down.shape[0], device=like.device)
-        content[: path.content_ranks] = 1
-        merged = torch.ones_like(content)
-        if path.index >= 0 and MERGED in self.rows:
-            merged = self.masks[path.index].to(like.device)
-        rows = torch.stack([(content, 1 - content, merged)[row] for row in self.rows])
-        if len(self.rows) == 1 or len(self.rows) == batch:
-            return rows
-        return rows.repeat_interleave(batch // len(self.rows), 0)
+    def use(self, rows: Sequence[int], masks: Sequence[torch.Tensor] | None = None) -> None:
+        """What each row of the model's input is, from now on.
 
-    def _hook(self, path: Path):
-        kept: dict = {}
+        Args:
+            rows: CONTENT, STYLE or MERGED, one for each row; one entry, or equal ones, stand for any number of rows.
+            masks: For MERGED: (rank,) for each shared layer. What only one LoRA has is merged as it is.
+        """
+        strengths = dict(self._alone)
+        if masks is not None:
+            strengths[MERGED] = tuple(
+                masks[each.index] if each.index >= 0 else (0, each.change.rank) for each in self.ranks
+            )
+        self.back_to((tuple(rows), strengths))
 
-        def factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            place = (x.device, x.dtype)
-            if place not in kept:
-                kept.clear()
-                kept[place] = (path.down.to(*place), path.up.to(*place))
-            return kept[place]
+    def state(self) -> tuple:
+        """What `use` has set, for `back_to`."""
+        return self._call.order, self._call.strengths
 
-        def hook(module, args, output):
-            x = args[0]
-            cut = path.target[1] if isinstance(path.target, tuple) else None
-            if cut is not None and cut[0] == 1:
-                x = x.narrow(-1, cut[1], cut[2])
-            down, up = factors(x)
-            conv = len(path.kernel) if x.ndim > 2 and path.kernel else 0
-            if conv:
-                run = (F.conv1d, F.conv2d, F.conv3d)[conv - 1]
-                places = {n: getattr(module, n) for n in ("stride", "padding", "dilation")}
-                h = run(x, down.view(len(down), -1, *path.kernel), **places)
-                flat = h.movedim(1, -1)
-            else:
-                h = flat = F.linear(x, down)
-            if self.watch is not None and path.index >= 0:
-                self.watch(path.index, flat.reshape(-1, flat.shape[-1]))
-            mask = self._mask(path, x.shape[0], x)
-            shape = (mask.shape[0], -1, *[1] * (h.ndim - 2)) if conv else (mask.shape[0], *[1] * (h.ndim - 2), -1)
-            h = (h * mask.view(shape)).to(x.dtype)
-            y = run(h, up.view(*up.shape, *[1] * conv)) if conv else F.linear(h, up)
-            if cut is not None and cut[0] == 0:
-                y = F.pad(y, (cut[1], output.shape[-1] - cut[1] - cut[2]))
-            return output + y.to(output.dtype)
+    def back_to(self, state: tuple) -> None:
+        order, strengths = state
+        self._call.set_rows(order, len(order), self._tiled, strengths, tuple(strengths))
 
-        return hook
+    def watch(self, on_layer: Watch | None) -> None:
+        """From now on, give V x (tokens, rank) of every shared layer to `on_layer`, with the layer's index."""
+        for each, term in zip(self.ranks, self._terms, strict=True):
+            if each.index >= 0:
+                term.watch = None if on_layer is None else _at(on_layer, each.index)
+
+    def check_called(self) -> None:
+        """Once the model has run.
+
+        Raises:
+            StyleLoomError: layers of the LoRAs that the model computed without calling them. What they should have
+                done is missing, in silence, from whatever the model made.
+        """
+        if self.model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):
+            return  # compiled layers do not note that they were called
+        missing = sorted({each.layer for each in self.ranks} - self._call.called)
+        if missing:
+            raise StyleLoomError(
+                f"{len(missing)} layers that the LoRAs change were not called by the model: {some(missing)}",
+                "a model that calls every layer of the two LoRAs",
+                "ComfyUI computes some layers of INT8 models, and of fp16 models with --fast fp16_accumulation, in one "
+                "step with what comes before them, where no LoRA can be added. Load the model in another precision "
+                "(fp8, fp16, bf16), start ComfyUI without that option, or use the mode fast.",
+            )
+
+
+def _at(on_layer: Watch, index: int) -> Callable[[torch.Tensor], None]:
+    return lambda hidden: on_layer(index, hidden)

@@ -9,9 +9,8 @@ gradient.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.conds
@@ -21,60 +20,37 @@ import comfy.samplers
 import torch
 
 from ....weights.merge.objective import MAX_MASK, Best, MaskVector, prior_loss
-from .masked_lora import CONTENT, MERGED, STYLE, MaskedLoRA
+from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE
+from ....weights.row_adapters.rows import UnknownRows
+from .gradients import AddOutOfPlace
+from .masked_lora import MaskedLoRA
 
 
 @dataclass
 class Lessons:
-    """What is trained on. conds: model conditionings (one row) of the content prompt, the style prompt and both
-    together. latents: of content and style, in the model's own latent space. count: noised pictures of each."""
+    """What is trained on.
 
-    conds: list[dict]
+    Attributes:
+        latents: (content pictures, style pictures) in the model's own latent space.
+        conds: The model conditionings (one row) of each content picture and of each style picture.
+        both: Those of both prompts together, by (content picture, style picture); for the cycle.
+        count: Noised pictures of each concept.
+        seed: Of the noise.
+    """
+
     latents: tuple[torch.Tensor, torch.Tensor]
+    conds: tuple[Sequence[dict], Sequence[dict]]
+    both: Mapping[tuple[int, int], dict]
     count: int
     seed: int
 
+    def pair(self, number: int) -> tuple[int, int]:
+        """Which content and which style picture the lesson of that number is about."""
+        return number % len(self.latents[0]), number % len(self.latents[1])
 
-def training_clone(model):
-    """A clone whose weights autograd may use: the host's deep copy where the weights were loaded in inference mode and
-    the host can load them again; else a clone whose layers work on copies."""
-    frozen = any(p.is_inference() for p in model.model.parameters())
-    if not frozen:
-        return model.clone()
-    if "force_deepcopy" in inspect.signature(model.clone).parameters and model.cached_patcher_init is not None:
-        return model.clone(force_deepcopy=True)
-    clone = model.clone()
-    for name, module in clone.model.named_modules():
-        if hasattr(module, "weight_function") and hasattr(clone, "add_weight_wrapper"):
-            for part in ("weight", "bias"):
-                if getattr(module, part, None) is not None:
-                    clone.add_weight_wrapper(f"{name}.{part}", _copied)
-    return clone
-
-
-class _Copied:
-    """A weight function that hands on a copy, which autograd may save."""
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.clone()
-
-    def move_to(self, device) -> int:
-        return 0
-
-    def passive_memory_usage(self) -> int:
-        return 0
-
-
-_copied = _Copied()
-
-
-def without_copies(model) -> None:
-    """Takes the weight functions of `training_clone` off the layers, which the model that was given shares."""
-    for module in model.model.modules():
-        for name in ("weight_function", "bias_function"):
-            functions = getattr(module, name, None)
-            if functions and _copied in functions:
-                setattr(module, name, [function for function in functions if function is not _copied])
+    def prompts(self, number: int) -> list[dict]:
+        """Model conditionings of a lesson: content's, style's."""
+        return [conds[picture] for conds, picture in zip(self.conds, self.pair(number))]
 
 
 def _cloned(value):
@@ -98,7 +74,7 @@ def model_conds(model, positive, latent: torch.Tensor, device, seed: int) -> dic
 
 
 class Trainer:
-    """The model under training: `predict` for a batch of rows, `step` for a loss with its gradient."""
+    """The model under training: `predict` for a batch of rows, `loss` of a step."""
 
     def __init__(self, model, lora: MaskedLoRA, lessons: Lessons, vector: MaskVector):
         self.model, self.lora, self.lessons, self.vector = model, lora, lessons, vector
@@ -107,43 +83,79 @@ class Trainer:
         dtype = model.model.get_dtype_inference()
         self.autocast = None if dtype == torch.float32 else dtype
         self.teachers: list[tuple] = []
+        self._apart = False
 
-    def predict(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], conds: list[int]) -> torch.Tensor:
-        """x0 of each row. x (rows, C, H, W), sigma (rows,); which LoRA and which prompt each row has."""
-        self.lora.rows = rows
-        c = comfy.samplers.cond_cat([self.lessons.conds[i] for i in conds])
-        c["transformer_options"] = {"cond_or_uncond": list(conds), "sigmas": sigma}
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.model.model.apply_model(x, sigma, **c).float()
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], conds: list[dict], masks=None):
+        """x0 of each row, in one call of the model where the prompts can be put side by side.
+
+        Args:
+            x: (rows, C, …). sigma: (rows,).
+            rows, masks: as `MaskedLoRA.use` takes them.
+            conds: the model conditionings of each row.
+        """
+        if not self._apart:
+            try:
+                return self._predict(x, sigma, rows, conds, masks)
+            except UnknownRows as unknown:
+                self._apart = True
+                logging.warning("StyleLoom: a layer got %s; the LoRAs run one after the other, in more time", unknown)
+        return self._predict(x, sigma, rows, conds, masks)
+
+    def _predict(self, x, sigma, rows, conds, masks) -> torch.Tensor:
+        made, start = [], 0
+        while start < len(rows):
+            end = start + 1
+            while end < len(rows) and self._together(rows, conds, start, end):
+                end += 1
+            self.lora.use(rows[start:end], masks)
+            c = comfy.samplers.cond_cat(conds[start:end])
+            c["transformer_options"] = {"cond_or_uncond": [0] * (end - start), "sigmas": sigma[start:end]}
+            with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+                made.append(self.model.model.apply_model(x[start:end], sigma[start:end], **c).float())
+            start = end
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _together(self, rows, conds, one: int, other: int) -> bool:
+        """Two rows can share a call: prompts of unlike lengths cannot be put side by side in every model."""
+        if self._apart and rows[one] != rows[other]:
+            return False
+        return comfy.samplers.cond_equal_size(conds[one], conds[other])
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self.sampling.noise_scaling(sigma, noise, x0, False)
 
     def prepare(self, on_step: Callable) -> None:
-        """The teachers: each LoRA alone, on its own noised pictures."""
+        """The teachers: each LoRA alone, on its own noised pictures, under their own prompts."""
         generator = torch.Generator().manual_seed(self.lessons.seed & (2**63 - 1))
         content, style = self.lessons.latents
         for number in range(self.lessons.count):
-            pair = torch.stack((content[number % len(content)], style[number % len(style)])).to(self.device)
+            one, two = self.lessons.pair(number)
+            pair = torch.stack((content[one], style[two])).to(self.device)
             share = (number + float(torch.rand((), generator=generator))) / self.lessons.count  # spread evenly
             sigma = torch.full((2,), float(self.sampling.percent_to_sigma(share)), device=self.device)
             noise = torch.randn(pair[0].shape, generator=generator).to(self.device).expand_as(pair)
             x = self.noised(pair, noise, sigma)
             with torch.no_grad():
-                target = self.predict(x, sigma, [CONTENT, STYLE], [0, 1])
+                target = self.predict(x, sigma, [CONTENT, STYLE], self.lessons.prompts(number))
             self.teachers.append((x, sigma, noise, target))
             on_step()
+        self.lora.check_called()
 
-    def loss(self, number: int, cycle: float) -> torch.Tensor:
+    def loss(self, number: int, cycle: float, masks: Sequence[torch.Tensor]) -> torch.Tensor:
         """Reconstruction, plus the cycle: mean squared errors of the predicted noise."""
-        x, sigma, noise, target = self.teachers[number % len(self.teachers)]
-        scale = 1 / float(sigma[0]) ** 2
+        number %= len(self.teachers)
+        x, sigma, noise, target = self.teachers[number]
+        prompts, scale = self.lessons.prompts(number), 1 / float(sigma[0]) ** 2
         if cycle == 0:
-            return scale * (self.predict(x, sigma, [MERGED, MERGED], [0, 1]) - target).square().mean()
-        found = self.predict(torch.cat((x, x)), torch.cat((sigma, sigma)), [MERGED] * 4, [0, 1, 2, 2])
+            found = self.predict(x, sigma, [MERGED, MERGED], prompts, masks)
+            return scale * (found - target).square().mean()
+        both = self.lessons.both[self.lessons.pair(number)]
+        found = self.predict(
+            torch.cat((x, x)), torch.cat((sigma, sigma)), [MERGED] * 4, [*prompts, both, both], masks
+        )
         recon = scale * (found[:2] - target).square().mean()
         again = self.noised(found[2:], noise, sigma)
-        back = self.predict(again, sigma, [CONTENT, STYLE], [0, 1])
+        back = self.predict(again, sigma, [CONTENT, STYLE], prompts)
         return recon + cycle * scale * (back - target).square().mean()
 
 
@@ -178,12 +190,12 @@ def train(
     for number in range(steps):
         try:
             on_step(best.losses)
-            trainer.lora.masks = vector.layers(z)
-            loss = trainer.loss(number, cycle)
-            if prior_weight:
-                loss = loss + prior_weight * prior_loss(vector.shares(z), *prior)
-            optimizer.zero_grad()
-            loss.backward()
+            with AddOutOfPlace():
+                loss = trainer.loss(number, cycle, vector.layers(z))
+                if prior_weight:
+                    loss = loss + prior_weight * prior_loss(vector.shares(z), *prior)
+                optimizer.zero_grad()
+                loss.backward()
         except comfy.model_management.InterruptProcessingException:
             logging.warning("StyleLoom: training was interrupted at step %d; the best masks so far are kept", number)
             return Trained(best.vector.cpu(), best.losses, best.step, number)
@@ -196,28 +208,3 @@ def train(
         with torch.no_grad():
             z.clamp_(0, MAX_MASK)
     return Trained(best.vector.cpu(), best.losses, best.step)
-
-
-class Checkpointing:
-    """The host's own gradient checkpointing around the blocks of a model, while the block is entered."""
-
-    def __init__(self, model, enabled: bool):
-        self.modules, self.unpatch = [], None
-        if not enabled:
-            return
-        try:
-            from comfy_extras.nodes_train import find_modules_at_depth, patch, unpatch
-        except ImportError:
-            logging.info("StyleLoom: this ComfyUI has no checkpointing to use: training takes more memory")
-            return
-        self._patch, self.unpatch = patch, unpatch
-        self.modules = find_modules_at_depth(model.model.diffusion_model, depth=1)
-
-    def __enter__(self) -> Checkpointing:
-        for module in self.modules:
-            self._patch(module)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for module in self.modules:
-            self.unpatch(module)

@@ -1,0 +1,152 @@
+"""The forward of a layer with terms, and what all such layers of a model have to know during one call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .low_rank import LowRankTerm, Observer
+from .rows import spans
+from .terms import Term
+
+
+class ModelCall:
+    """State of one call of one model: plain numbers, so that a compiled graph can rely on them from call to call.
+    While it is not `active`, every layer does just what it did before.
+
+    Attributes:
+        order: The branch of each chunk of the batch.
+        batch: Rows of the model's input.
+        tiled: See `rows.spans`.
+        strengths: Branch → one entry for each source of its terms (see `Term`).
+        acting: The branches with a term that does something in this call.
+        called: Where layers note their names, or None.
+        observers: Branch → who notes which layers share an input, or None.
+    """
+
+    def __init__(self):
+        self.active = False
+        self.order: tuple[int, ...] = ()
+        self.batch = 0
+        self.tiled = False
+        self.strengths: dict[int, tuple] = {}
+        self.acting: tuple[int, ...] = ()
+        self.called: set[str] | None = None
+        self.observers: dict[int, Observer] | None = None
+        self._runs: dict[int, tuple] = {}
+
+    def set_rows(
+        self, order: tuple[int, ...], batch: int, tiled: bool, strengths: dict[int, tuple], acting: tuple[int, ...]
+    ) -> None:
+        """What the next call is made of."""
+        self.order, self.batch, self.tiled = order, batch, tiled
+        self.strengths, self.acting = strengths, acting
+        self._runs.clear()
+
+    def runs(self, rows: int) -> tuple:
+        """Runs of rows of the acting branches, worked out once for each number of rows."""
+        found = self._runs.get(rows)
+        if found is None:
+            found = self._runs[rows] = tuple(
+                run for run in spans(self.order, self.batch, rows, self.tiled) if run[0] in self.acting
+            )
+        return found
+
+
+def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Term]], call: ModelCall) -> Callable:
+    """A layer's forward that also applies each branch's terms to the rows of that branch.
+
+    Args:
+        name: Of the layer, for `call.called`.
+        terms: Branch → its terms, in the order in which their patches would be merged.
+    """
+
+    only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRankTerm)}
+    simple = len(only) == len(terms)
+
+    def run(x, *args, **kwargs):
+        if not call.active:
+            return forward(x, *args, **kwargs)
+        # Nearly every layer of guidance, in every call but the first.
+        if simple and call.called is None and not torch.compiler.is_compiling():
+            runs = call.runs(x.shape[0])
+            y = forward(x, *args, **kwargs)
+            for branch, start, length in runs:
+                term = only.get(branch)
+                if term is not None:
+                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
+            return y
+        watched = call.called is not None and not torch.compiler.is_compiling()
+        if watched:
+            call.called.add(name)
+        runs = tuple(
+            run
+            for run in spans(call.order, call.batch, x.shape[0], call.tiled)
+            if run[0] in terms and run[0] in call.acting
+        )
+        if not runs:
+            return forward(x, *args, **kwargs)
+
+        def base(value):
+            return forward(value, *args, **kwargs)
+
+        # What changes the input does so from the last term to the first: the last was merged last.
+        inputs, changed = {}, None
+        for branch, start, length in runs:
+            rows = x.narrow(0, start, length)
+            before = []
+            for term in reversed(terms[branch]):
+                before.append(rows)
+                rows = term.enter(rows, call.strengths[branch])
+            inputs[start] = before[::-1]
+            if rows is not before[0]:
+                changed = x.clone() if changed is None else changed
+                changed.narrow(0, start, length).copy_(rows)
+        y = base(x if changed is None else changed)
+        if torch.is_grad_enabled():
+            y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
+        for branch, start, length in runs:
+            out, strengths = y.narrow(0, start, length), call.strengths[branch]
+            for term, rows in zip(terms[branch], inputs[start], strict=True):
+                if isinstance(term, LowRankTerm):
+                    if watched and call.observers is not None:
+                        call.observers[branch].see(term, x)
+                    term.add(x if changed is None else None, rows, out, strengths)
+                else:
+                    term.leave(rows, out, strengths, base)
+        return y
+
+    return run
+
+
+class LayersWithTerms:
+    """Puts terms into the layers of a model and takes them out again, as often as wanted.
+
+    Args:
+        find: A layer's name → the module.
+        terms: A layer's name → branch → terms. Read when they are put in.
+        call: Shared by all layers of the model.
+    """
+
+    def __init__(self, find: Callable[[str], torch.nn.Module], terms: Mapping[str, Mapping], call: ModelCall):
+        self._find, self._terms, self._call = find, terms, call
+        self._changed: list[tuple[torch.nn.Module, Callable, Callable | None]] = []
+
+    def put_in(self) -> None:
+        for name, terms in self._terms.items():
+            module = self._find(name)
+            before = module.__dict__.get("forward")
+            made = forward_with_terms(name, module.forward, terms, self._call)
+            self._changed.append((module, made, before))
+            module.forward = made
+
+    def take_out(self) -> None:
+        for module, made, before in self._changed:
+            if module.__dict__.get("forward") is not made:
+                continue  # what was put in below this one was taken out first, and this one with it
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        self._changed.clear()
