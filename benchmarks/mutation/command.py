@@ -53,9 +53,8 @@ def sample(root: Path, rooms: dict[str, Room], only: list[str], count: int, seed
             for path in sorted((root / folder).rglob("*.py")):
                 file = path.relative_to(root).as_posix()
                 if not only or any(file == name or file.startswith(name + "/") for name in only):
-                    source = path.read_bytes()
-                    found += [mutant for mutant in mutants_of(file, source) if _compiles(mutant, source)]
-    return draw(found, count, seed)
+                    found += mutants_of(file, path.read_bytes())
+    return draw(found, count, seed, lambda mutant: _compiles(mutant, (root / mutant.file).read_bytes()))
 
 
 def _compiles(mutant: Mutant, source: bytes) -> bool:
@@ -101,13 +100,14 @@ def line_of(mutant: Mutant, verdict: dict) -> str:
 class Results:
     """The verdicts, each appended to a file of JSON lines as soon as it is there."""
 
-    def __init__(self, path: Path, key: str):
+    def __init__(self, path: Path, key: str, budget: float):
         self.path, self.key, self.lock = path, key, threading.Lock()
         self.known: dict[str, dict] = {}
         if path.is_file():
             for line in path.read_text("utf-8").splitlines():
                 verdict = json.loads(line)
-                if verdict["key"] == key and verdict["outcome"] != "unjudged":
+                enough = verdict["outcome"] != "survived" or verdict["budget"] in (0, budget)
+                if verdict["key"] == key and enough and verdict["outcome"] != "unjudged":
                     self.known[verdict["id"]] = verdict
 
     def add(self, mutant: Mutant, verdict: dict) -> None:
@@ -194,11 +194,11 @@ def run(root: Path, rooms: dict[str, Room], options: argparse.Namespace) -> int:
     maps = maps_of(root, rooms if options.room is None else {**chosen, **_with_map(rooms, work, tree)}, places[0],
                    work, tree, options.tests)
     places += [Workplace(work / f"job{number}", root, list(rooms.values())) for number in range(1, options.jobs)]
-    results = Results(work / "results.jsonl", tree + " ".join(options.tests))
+    results = Results(work / "results.jsonl", tree + " ".join(options.tests), options.budget)
     todo = [mutant for mutant in mutants if mutant.id not in results.known and mutant.id not in verdicts]
     print(f"{len(mutants)} mutants drawn with seed {options.seed}; {len(mutants) - len(todo)} need no run.", flush=True)
     try:
-        judge_all(todo, Judge(root, maps, rooms), places, results, can_fork() and not options.no_fork)
+        judge_all(todo, Judge(root, maps, rooms, options.budget), places, results, can_fork() and not options.no_fork)
     except CannotJudge as error:
         print(f"mutate.py: {error}", file=sys.stderr)
         return 2
@@ -234,6 +234,8 @@ def parser(description: str = "", root: Path = ROOT, rooms: dict[str, Room] = RO
     made.add_argument("--list", action="store_true", help="list the mutants and stop")
     made.add_argument("--tests", action="append", default=[], metavar="PATH",
                       help="only these test files or folders, to try something out; the share is then of them alone")
+    made.add_argument("--budget", type=float, default=0, metavar="SECONDS",
+                      help="only so many seconds of tests for each mutant, the cheapest; the share is then a lower bound")
     made.add_argument("--equivalent", type=Path, default=EQUIVALENT, metavar="FILE",
                       help="mutants that a person judged to change nothing")
     made.add_argument("--work", type=Path, default=root / "output" / "mutation", help="folder for all that is written")

@@ -156,11 +156,12 @@ class Judge:
     """Judges mutants by the maps of the tiers. One lives for all jobs; `judge` may be called by several threads.
 
     A test that fails, or a run that is too slow, counts only if the same tests pass in time on the code as it is. A
-    test that does not is left out for good (it needs another test before it) and the mutant judged anew.
+    test that does not is left out for good (it needs another test before it) and the mutant judged anew. `budget`:
+    how many seconds of tests a mutant meets at most; 0 for all that run its line.
     """
 
-    def __init__(self, root: Path, maps: dict[str, Map], rooms: dict[str, Room]):
-        self.root, self.maps, self.rooms = root, maps, rooms
+    def __init__(self, root: Path, maps: dict[str, Map], rooms: dict[str, Room], budget: float = 0):
+        self.root, self.maps, self.rooms, self.budget = root, maps, rooms, budget
         self.sound: set[tuple[str, str]] = set()
         self.unsound: set[tuple[str, str]] = set()
         self.lock = threading.Lock()
@@ -184,7 +185,12 @@ class Judge:
         record = self.maps[name]
         numbers = [number for number in record.tests_for(mutant.file, mutant.span, mutant.at_import)
                    if (name, record.tests[number]["id"]) not in self.unsound]
-        said = {"note": note, "ran_in": name, "tests": len(numbers), "by": None, "why": ""}
+        all_of_them = len(numbers)
+        while self.budget and len(numbers) > 1 and record.seconds(numbers) > self.budget:
+            numbers.pop()
+        met = f"met only the cheapest {len(numbers)} of {all_of_them} tests" if len(numbers) < all_of_them else ""
+        budget = self.budget if len(numbers) < all_of_them else 0
+        said = {"note": note, "ran_in": name, "tests": len(numbers), "budget": budget, "by": None, "why": ""}
         if not numbers:
             others = [f"{len(found)} tests in {self.rooms[other].tests} run it" for other, its in self.maps.items()
                       if other != name and (found := its.runs(mutant.file, mutant.span))]
@@ -205,8 +211,8 @@ class Judge:
                     return {**said, "outcome": "unjudged", "why": "the tests are too slow without the mutant as well"}
             elif not self._is_sound(name, answer["by"], limit, tests[name]):
                 return self.judge(mutant, tests)
-            return {**said, **{key: answer[key] for key in ("outcome", "by", "why")}}
-        return {**said, "outcome": "survived"}
+            return {**said, **{key: answer[key] for key in ("outcome", "by", "why")}, "budget": 0}
+        return {**said, "outcome": "survived", "why": met}
 
     def _is_sound(self, name: str, test: str, limit: float, tests: Tests) -> bool:
         """Whether a test passes on the code as it is, run alone."""

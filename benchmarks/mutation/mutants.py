@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 COMPARE = {
@@ -78,8 +80,8 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
     return sorted(finder.found, key=lambda mutant: (mutant.start, mutant.end, mutant.kind, mutant.text))
 
 
-def draw(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """`count` of them (fewer if there are not so many), at most one a line, in the order of the files.
+def draw(mutants: list[Mutant], count: int, seed: int, good: Callable[[Mutant], bool] = bool) -> list[Mutant]:
+    """`count` of them (fewer if there are not so many), at most one a line, in the order of the files; `good` ones.
 
     First a line, each as likely as any other, then a kind of change, then a mutant; of the lines where only a name
     can be changed every fourth is kept, for there are many and nearly all fail at once. What is drawn hangs on the
@@ -100,7 +102,8 @@ def draw(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
         kind = kinds[int(_digest(*key, "kind"), 16) % len(kinds)]
         of_kind = [mutant for mutant in here if mutant.kind == kind]
         ranked.append((_digest(*key), of_kind[int(_digest(*key, "which"), 16) % len(of_kind)]))
-    drawn = [mutant for _, mutant in sorted(ranked, key=lambda pair: pair[0])[:count]]
+    in_turn = (mutant for _, mutant in sorted(ranked, key=lambda pair: pair[0]))
+    drawn = list(itertools.islice(filter(good, in_turn), count))
     return sorted(drawn, key=lambda mutant: (mutant.file, mutant.start))
 
 
