@@ -17,14 +17,15 @@ names the ComfyUI folder; without it, the one that run.py put under .host is tak
 First each tier runs once under a trace function, which notes the tests that run each line and their time. That is
 kept, and used again until the code or the tests change. Then each mutant meets the tests that run its line, cheapest
 first, up to the first failure. A warm process with the host and torch forks for each (Linux; elsewhere, or with
---no-fork, a new process starts each time, which takes far longer). Mutants are written only into copies of the tree.
+--no-fork, a new process starts each time, which takes far longer). Mutants are written only into copies
+of the tree, taken at the start: the checkout may be edited meanwhile, and the verdicts are of the copy.
 
 Each mutant is
     killed       a test failed that passes on the code as it is
     timeout      its tests took over three times as long as usual and ten seconds more; counts as killed
     survived     its tests pass
     not covered  no test of the room runs the line; counts as survived
-    unjudged     its tests are too slow even without the mutant (a busy machine); left out of the share
+    unjudged     its tests are too slow even without the mutant (a busy machine), or fail alone; left out of the share
     equivalent   it stands in benchmarks/mutants_that_change_nothing.txt; left out of the share
 
 Everything is written below output/mutation: results.jsonl (one verdict a line; a stopped run goes on where it was),

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -66,14 +67,15 @@ def _compiles(mutant: Mutant, source: bytes) -> bool:
     return changed != source
 
 
-def maps_of(root: Path, rooms: dict[str, Room], place: Workplace, work: Path, tree: str, chosen: list[str]):
+def maps_of(root: Path, rooms: dict[str, Room], place: Workplace, work: Path, trees: dict[str, str],
+            chosen: list[str]) -> dict[str, Map]:
     """The map of each tier, recorded now if the tree has changed. `chosen`: test paths to record instead of all."""
     maps = {}
     for name, room in rooms.items():
         paths = [path for path in chosen if path.startswith(room.tests)] if chosen else [room.tests]
         if not paths:
             continue
-        target = work / f"map_{name}_{tree}{'_part' if chosen else ''}.json"
+        target = work / f"map_{name}_{trees[name]}{'_part' if chosen else ''}.json"
         wanted = work / f"map_{name}_paths.json"
         if not target.is_file() or chosen and (not wanted.is_file() or json.loads(wanted.read_text()) != paths):
             print(f"Recording which lines {' '.join(paths)} run …", flush=True)
@@ -100,18 +102,18 @@ def line_of(mutant: Mutant, verdict: dict) -> str:
 class Results:
     """The verdicts, each appended to a file of JSON lines as soon as it is there."""
 
-    def __init__(self, path: Path, key: str, budget: float):
-        self.path, self.key, self.lock = path, key, threading.Lock()
+    def __init__(self, path: Path, keys: dict[str, str], budget: float):
+        self.path, self.keys, self.lock = path, keys, threading.Lock()
         self.known: dict[str, dict] = {}
         if path.is_file():
             for line in path.read_text("utf-8").splitlines():
                 verdict = json.loads(line)
                 enough = verdict["outcome"] != "survived" or verdict["budget"] in (0, budget)
-                if verdict["key"] == key and enough and verdict["outcome"] != "unjudged":
+                if verdict["key"] == keys[verdict["ran_in"]] and enough and verdict["outcome"] != "unjudged":
                     self.known[verdict["id"]] = verdict
 
     def add(self, mutant: Mutant, verdict: dict) -> None:
-        verdict = {"key": self.key, "id": mutant.id, "file": mutant.file, "line": mutant.line, "kind": mutant.kind,
+        verdict = {"key": self.keys[verdict["ran_in"]], "id": mutant.id, "file": mutant.file, "line": mutant.line, "kind": mutant.kind,
                    "change": mutant.change, **verdict}  # fmt: skip
         with self.lock:
             self.known[mutant.id] = verdict
@@ -180,6 +182,10 @@ def summary(mutants: list[Mutant], verdicts: dict[str, dict], rooms: dict[str, R
 def run(root: Path, rooms: dict[str, Room], options: argparse.Namespace) -> int:
     """Everything after the command line; returns the exit status."""
     chosen = {name: room for name, room in rooms.items() if options.room in (None, name)}
+    every, work = list(rooms.values()), options.work
+    if not options.list:  # from here on the copy counts: the checkout may be edited meanwhile
+        places = [Workplace(work / "job0", root, every)]
+        root = places[0].tree
     mutants = sample(root, chosen, [name.rstrip("/") for name in options.only], options.count, options.seed)
     equivalent = read_equivalent(options.equivalent) if options.equivalent.is_file() else {}
     verdicts = {mutant.id: {"outcome": "equivalent", "why": equivalent[key]} for mutant in mutants
@@ -188,17 +194,24 @@ def run(root: Path, rooms: dict[str, Room], options: argparse.Namespace) -> int:
         for mutant in mutants:
             print(line_of(mutant, verdicts.get(mutant.id, {"outcome": mutant.id})))
         return 0
-    tree, work = tree_hash(root), options.work
-    work.mkdir(parents=True, exist_ok=True)
-    places = [Workplace(work / "job0", root, list(rooms.values()))]
-    maps = maps_of(root, rooms if options.room is None else {**chosen, **_with_map(rooms, work, tree)}, places[0],
-                   work, tree, options.tests)
-    places += [Workplace(work / f"job{number}", root, list(rooms.values())) for number in range(1, options.jobs)]
-    results = Results(work / "results.jsonl", tree + " ".join(options.tests), options.budget)
+    trees = {name: tree_hash(root, room, every) for name, room in rooms.items()}
+    try:
+        known = rooms if options.room is None else {**chosen, **_with_map(rooms, work, trees)}
+        maps = maps_of(root, known, places[0], work, trees, options.tests)
+        for number in range(1, options.jobs):
+            shutil.rmtree(work / f"job{number}", ignore_errors=True)
+            shutil.copytree(root, work / f"job{number}" / "tree")  # with the compiled files
+            places.append(Workplace(work / f"job{number}", root, every))
+    except CannotJudge as error:
+        print(f"mutate.py: {error}", file=sys.stderr)
+        return 2
+    keys = {name: tree + "".join(f" {path}" for path in options.tests) for name, tree in trees.items()}
+    results = Results(work / "results.jsonl", keys, options.budget)
     todo = [mutant for mutant in mutants if mutant.id not in results.known and mutant.id not in verdicts]
     print(f"{len(mutants)} mutants drawn with seed {options.seed}; {len(mutants) - len(todo)} need no run.", flush=True)
+    judge = Judge(maps, rooms, options.budget)
     try:
-        judge_all(todo, Judge(root, maps, rooms, options.budget), places, results, can_fork() and not options.no_fork)
+        judge_all(todo, judge, places, results, can_fork() and not options.no_fork)
     except CannotJudge as error:
         print(f"mutate.py: {error}", file=sys.stderr)
         return 2
@@ -206,11 +219,11 @@ def run(root: Path, rooms: dict[str, Room], options: argparse.Namespace) -> int:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130
     verdicts = {**results.known, **verdicts}
-    if tree_hash(root) != tree:
-        print("The tree has changed meanwhile; what was judged is of both. Run it again.", file=sys.stderr)
-        return 2
     alive = [mutant for mutant in mutants if verdicts[mutant.id]["outcome"] in ("survived", "not covered", "unjudged")]
     (work / "survivors.txt").write_text("\n".join(as_entry(mutant, "?") for mutant in alive), "utf-8")
+    if judge.unsound:
+        print("\nTests left out of judging, for they fail alone without any mutant:")
+        print("\n".join(f"  {test}" for _, test in sorted(judge.unsound)))
     print("\nNot killed:" if alive else "\nAll killed.")
     for mutant in alive:
         print("  " + line_of(mutant, verdicts[mutant.id]))
@@ -218,9 +231,9 @@ def run(root: Path, rooms: dict[str, Room], options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_map(rooms: dict[str, Room], work: Path, tree: str) -> dict[str, Room]:
+def _with_map(rooms: dict[str, Room], work: Path, trees: dict[str, str]) -> dict[str, Room]:
     """The rooms whose tier is recorded already: they can say whether other tests run a line."""
-    return {name: room for name, room in rooms.items() if (work / f"map_{name}_{tree}.json").is_file()}
+    return {name: room for name, room in rooms.items() if (work / f"map_{name}_{trees[name]}.json").is_file()}
 
 
 def parser(description: str = "", root: Path = ROOT, rooms: dict[str, Room] = ROOMS) -> argparse.ArgumentParser:
@@ -235,7 +248,7 @@ def parser(description: str = "", root: Path = ROOT, rooms: dict[str, Room] = RO
     made.add_argument("--tests", action="append", default=[], metavar="PATH",
                       help="only these test files or folders, to try something out; the share is then of them alone")
     made.add_argument("--budget", type=float, default=0, metavar="SECONDS",
-                      help="only so many seconds of tests for each mutant, the cheapest; the share is then a lower bound")
+                      help="only so many seconds of tests a mutant, the cheapest; the share is then a lower bound")
     made.add_argument("--equivalent", type=Path, default=EQUIVALENT, metavar="FILE",
                       help="mutants that a person judged to change nothing")
     made.add_argument("--work", type=Path, default=root / "output" / "mutation", help="folder for all that is written")

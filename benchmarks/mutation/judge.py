@@ -50,6 +50,9 @@ class Workplace:
         self.log = folder / "log.txt"
         self.folder.mkdir(parents=True, exist_ok=True)
         make_copy(root, self.tree, rooms)
+        # Kept here, so that an edit of the checkout meanwhile does not reach the copy.
+        self.originals = {path.relative_to(self.tree).as_posix(): (path.read_bytes(), path.stat().st_mtime)
+                          for room in rooms for source in room.sources for path in (self.tree / source).rglob("*.py")}
         self.product = [source for room in rooms for source in room.sources]
         self.count = itertools.count(1)
 
@@ -67,15 +70,17 @@ class Workplace:
     def result(self) -> dict:
         return json.loads((self.folder / "result.json").read_text("utf-8"))
 
-    def change(self, mutant: Mutant, root: Path) -> None:
+    def change(self, mutant: Mutant) -> None:
         """Writes the mutant into the copy, with a time of its own, or the compiled file of the original would do."""
-        path = self.tree / mutant.file
-        path.write_bytes(mutant.applied((root / mutant.file).read_bytes()))
-        stamp = int((root / mutant.file).stat().st_mtime) + 10 * next(self.count)
-        os.utime(path, (stamp, stamp))
+        source, stamp = self.originals[mutant.file]
+        self._write(mutant.file, mutant.applied(source), int(stamp) + 10 * next(self.count))
 
-    def restore(self, mutant: Mutant, root: Path) -> None:
-        shutil.copy2(root / mutant.file, self.tree / mutant.file)
+    def restore(self, mutant: Mutant) -> None:
+        self._write(mutant.file, *self.originals[mutant.file])
+
+    def _write(self, file: str, text: bytes, stamp: float) -> None:
+        (self.tree / file).write_bytes(text)
+        os.utime(self.tree / file, (stamp, stamp))
 
 
 def record(place: Workplace, room: Room, paths: list[str], target: Path) -> None:
@@ -160,8 +165,8 @@ class Judge:
     how many seconds of tests a mutant meets at most; 0 for all that run its line.
     """
 
-    def __init__(self, root: Path, maps: dict[str, Map], rooms: dict[str, Room], budget: float = 0):
-        self.root, self.maps, self.rooms, self.budget = root, maps, rooms, budget
+    def __init__(self, maps: dict[str, Map], rooms: dict[str, Room], budget: float = 0):
+        self.maps, self.rooms, self.budget = maps, rooms, budget
         self.sound: set[tuple[str, str]] = set()
         self.unsound: set[tuple[str, str]] = set()
         self.lock = threading.Lock()
@@ -183,14 +188,16 @@ class Judge:
         if name not in self.maps:
             raise CannotJudge(f"there is no record of {self.rooms[name].tests}")
         record = self.maps[name]
-        numbers = [number for number in record.tests_for(mutant.file, mutant.span, mutant.at_import)
-                   if (name, record.tests[number]["id"]) not in self.unsound]
+        acting = record.tests_for(mutant.file, mutant.span, mutant.at_import)
+        numbers = [number for number in acting if (name, record.tests[number]["id"]) not in self.unsound]
         all_of_them = len(numbers)
         while self.budget and len(numbers) > 1 and record.seconds(numbers) > self.budget:
             numbers.pop()
         met = f"met only the cheapest {len(numbers)} of {all_of_them} tests" if len(numbers) < all_of_them else ""
         budget = self.budget if len(numbers) < all_of_them else 0
         said = {"note": note, "ran_in": name, "tests": len(numbers), "budget": budget, "by": None, "why": ""}
+        if acting and not numbers:
+            return {**said, "outcome": "unjudged", "why": "its tests fail without the mutant, run alone"}
         if not numbers:
             others = [f"{len(found)} tests in {self.rooms[other].tests} run it" for other, its in self.maps.items()
                       if other != name and (found := its.runs(mutant.file, mutant.span))]
@@ -199,11 +206,11 @@ class Judge:
         for batch in record.batches(numbers):
             ids = [record.tests[number]["id"] for number in batch]
             limit = 3 * record.seconds(batch) + 10
-            place.change(mutant, self.root)
+            place.change(mutant)
             try:
                 answer = tests[name].run(ids, limit)
             finally:
-                place.restore(mutant, self.root)
+                place.restore(mutant)
             if answer["outcome"] == "passed":
                 continue
             if answer["outcome"] == "timeout":

@@ -29,8 +29,8 @@ OTHER_CALL = {**dict(_PAIRS), **{b: a for a, b in _PAIRS}}
 TRANSPOSED = {"T", "mT", "H", "mH"}  # attributes
 TRANSPOSES = {"t", "transpose"}  # methods
 # The order of their first two arguments means nothing, or swapping it only raises.
-UNORDERED = {"min", "max", "minimum", "maximum", "gcd", "lcm", "hypot", "isinstance", "issubclass", "getattr", "setattr",
-             "hasattr", "mul", "add", "logaddexp", "cosine_similarity"}
+UNORDERED = {"min", "max", "minimum", "maximum", "gcd", "lcm", "hypot", "isinstance", "issubclass", "getattr",
+             "setattr", "hasattr", "mul", "add", "logaddexp", "cosine_similarity"}
 LOGS = {"logging", "log", "logger", "_log", "_logger", "warnings"}
 SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "type_params", "type_comment", "format_spec", "bases"}
 SKIPPED_NODES = (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.JoinedStr, ast.match_case)

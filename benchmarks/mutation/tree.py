@@ -51,11 +51,12 @@ def files_of(root: Path) -> list[str]:
     return found
 
 
-def tree_hash(root: Path) -> str:
-    """Hash of all code, tests and settings; of the benchmarks only what their tests would notice is left out."""
+def tree_hash(root: Path, room: Room, rooms: list[Room]) -> str:
+    """Hash of what the room's verdicts hang on: all code and settings, but not the benchmarks and others' tests."""
+    others = tuple(other.tests + "/" for other in rooms if other.tests != room.tests)
     digest = hashlib.sha256()
     for file in files_of(root):
-        if Path(file).suffix in HASHED and not file.startswith("benchmarks/"):
+        if Path(file).suffix in HASHED and not file.startswith(("benchmarks/", *others)):
             digest.update(file.encode() + b"\0" + (root / file).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

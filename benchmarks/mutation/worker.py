@@ -41,7 +41,9 @@ class Verdict:
     def _note(self, report):
         if report.failed and self.by is None:
             self.by = report.nodeid
-            self.why = str(report.longrepr).strip().splitlines()[-1][:300] if report.longrepr else ""
+            text = str(report.longrepr or "").strip()
+            print(text, flush=True)  # into the job's log
+            self.why = text.splitlines()[-1][:300] if text else ""
 
     def answer(self, ran: int) -> dict:
         return {"outcome": "killed" if self.by else "passed", "by": self.by, "why": self.why, "ran": ran}
@@ -135,11 +137,16 @@ class Forker(Verdict):
         return {**json.loads(text), "seconds": seconds}
 
     def _run(self, session, after, tests: list[str]) -> dict:
-        """In the child: collects the files anew and runs the tests, up to the first failure."""
-        hook, root = session.config.hook, Path(session.config.rootpath)
-        files = dict.fromkeys(str(root / test.split("::")[0]) for test in tests)
+        """In the child: collects the files and runs the tests, up to the first failure.
+
+        The files are collected below the folder that the warm-up lies in: the fixtures of its conftest.py belong to
+        that very node of pytest's tree, and what they made is kept with it.
+        """
+        hook, found = session.config.hook, {}
         try:
-            found = {item.nodeid: item for item in session.perform_collect(list(files))}
+            for file in dict.fromkeys(test.split("::")[0] for test in tests):
+                found.update((item.nodeid, item) for item in self._collect(session, after.parent.parent, file))
+            hook.pytest_collection_modifyitems(session=session, config=session.config, items=list(found.values()))
         except BaseException as error:  # noqa: B036  whatever ends the collection, a mutant did it
             self.by, self.why = self.by or "collecting the tests", repr(error)[:300]
         if self.by:
@@ -154,6 +161,14 @@ class Forker(Verdict):
             if self.by:
                 break
         return self.answer(number + 1)
+
+    def _collect(self, session, folder, file: str):
+        """The tests of one file, `folder` being the node of the folder of tests that the file is somewhere in."""
+        path = Path(session.config.rootpath) / file
+        for part in path.relative_to(folder.path).parts[:-1]:
+            folder = folder.ihook.pytest_collect_directory(path=folder.path / part, parent=folder)
+        for module in folder.ihook.pytest_collect_file(file_path=path, parent=folder):
+            yield from session.genitems(module)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -167,8 +167,8 @@ def test_hangs_on_the_first():
     assert SEEN and toy.table()
 
 
-def test_clip(shared):
-    assert shared == 3
+def test_clip(shared, base):
+    assert shared == 3 and base.is_dir()
 
 
 def test_shared_again(shared):
@@ -187,20 +187,29 @@ def test_fails_as_it_is():
     assert toy.clip(0, 0) == 1
 '''
 
+TOY_CONFTEST = '''
+import pytest
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("base")
+'''
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A tree with a module and its tests, and `judged(*arguments)`, which runs the command on it."""
     root = tmp_path_factory.mktemp("toy")
     for path, text in {
-        "product/__init__.py": "", "product/toy.py": TOY, "tests/test_toy.py": TOY_TESTS, "pyproject.toml": "",
+        "product/__init__.py": "", "product/toy.py": TOY, "tests/test_toy.py": TOY_TESTS, "tests/conftest.py": TOY_CONFTEST,
         "conftest.py": "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n",
     }.items():  # fmt: skip
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_text(text)
     (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["--import-mode=importlib"]\n')
     command = _part("command")
-    rooms = {"toy": _part("tree").Room("toy", ("product",), "tests")}
+    rooms = {"toy": _part("tree").Room("toy", ("product",), "tests", ("base",))}
 
     def judged(*arguments):
         options = command.parser("", root, rooms).parse_args(["--work", str(root / "output"), *arguments])
