@@ -236,6 +236,8 @@ def test_the_toy(toy, capsys):
     assert not any(name and ("hangs_on" in name or "as_it_is" in name) for name in by)
     assert (root / "product" / "toy.py").read_bytes() == before
     said = capsys.readouterr().out
+    alone = said.split("fail alone without any mutant:\n")[1].split("\n\n")[0].split()
+    assert alone == ["tests/test_toy.py::test_hangs_on_the_first"]  # and none for want of the warmed fixture
     assert "left out because they fail" in said and "test_fails_as_it_is" in said
 
 
