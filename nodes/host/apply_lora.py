@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...weights.errors import StyleLoomError
-from .lora_patches import lora_patches, some
+from .lora_patches import lora_patches, not_merged, some
 
 
 def apply_lora(model, clip, lora, strength: float, strength_clip: float):
@@ -21,13 +21,15 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
         StyleLoomError: as `lora_patches`.
     """
     patches = lora_patches(model, clip, lora)
+    roots = [model.model] + ([clip.cond_stage_model] if clip is not None else [])
+    idle, notes = not_merged(roots, patches)
     name = type(model.model).__name__
     lines = []
     patched, patched_clip = model, clip
     if strength != 0:
         patched = model.clone()
         done = set(patched.add_patches(patches, strength))
-        lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
+        lines.append(f"{len(done - idle)} of {len(patches)} patches on {name} at strength {strength:g}")
     else:
         done = set()
         lines.append(f"strength 0: {name} is left as it is")
@@ -43,4 +45,4 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
             f"a LoRA for {name}",
             "Use the LoRA with the model that it was made for.",
         )
-    return patched, patched_clip, "\n".join(lines)
+    return patched, patched_clip, "\n".join(lines + notes)

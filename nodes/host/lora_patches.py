@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import comfy.lora
@@ -12,7 +13,7 @@ import torch
 
 from ...weights.errors import StyleLoomError
 from ...weights.lora.keys import group_keys, tensors_of
-from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of
+from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.lora.names import is_text_key
 from ...weights.row_adapters.layers import layer_of
 
@@ -60,8 +61,7 @@ def _misplaced(roots: Iterable, target, adapter) -> str:
     weight = weight_at(roots, key)
     if weight is None:
         return f"there is no {key} to patch"  # a bias of a layer without one, for example
-    parts = from_host(adapter)
-    ((kind, own),) = kinds_of(parts, key)
+    ((kind, own),) = kinds_of(from_host(adapter), key)
     layers = [
         layer for root in roots if (layer := layer_of(find_module(root, key.removesuffix(".weight")))) is not None
     ]
@@ -155,7 +155,40 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             "a LoRA for a model of this width",
             "Use the LoRA with the model that it was made for.",
         )
-    return patches
+    return {target: _workable(adapter) for target, adapter in patches.items()}
+
+
+def _workable(adapter):
+    """The adapter in a form at which the host's merge does not stop."""
+    parts = from_host(adapter)
+    ((kind, own),) = kinds_of(parts, adapter[0] if isinstance(adapter, tuple) else adapter.name)
+    made = kind.for_host(own)
+    return adapter if made.keys() == own.keys() else to_host(adapter, made)
+
+
+def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set, list[str]]:
+    """(targets of patches that the host takes and never merges, what of the patches it leaves out in words).
+
+    The host loads weights layer by layer, and passes over parameters that a module with layers inside it holds itself
+    (a block's `modulation`, a model's tokens)."""
+    passed = set()
+    for target in patches:
+        key = target[0] if isinstance(target, tuple) else target
+        for root in roots:
+            module = find_module(root, key.rpartition(".")[0])
+            if module is not None and any("." in name for name, _ in module.named_parameters()):
+                passed.add(target)
+    words = Counter(text for adapter in patches.values() if (text := _left_out(adapter)))
+    lines = [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
+    if passed:
+        names = some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in passed))
+        lines.append(f"{len(passed)} patches have no effect: ComfyUI merges none into parameters like {names}")
+    return passed, lines
+
+
+def _left_out(adapter) -> str:
+    ((kind, own),) = kinds_of(from_host(adapter), "")
+    return kind.host_leaves_out(own)
 
 
 def _check_parts(lora: Mapping[str, torch.Tensor], key_map: Mapping, label: str) -> None:

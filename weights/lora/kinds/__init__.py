@@ -83,6 +83,15 @@ def from_host(adapter) -> dict[str, Any]:
     return {part: value for part, value in zip(kind.host_order, values) if value is not None}
 
 
+def to_host(adapter, parts: Parts):
+    """The host's adapter again, or patch tuple, with other parts, in its order."""
+    if isinstance(adapter, tuple):
+        return adapter
+    kind = next(kind for kind in KINDS if kind.host_name == adapter.name)
+    more = adapter.weights[len(kind.host_order) :]
+    return type(adapter)(adapter.loaded_keys, (*(parts.get(part) for part in kind.host_order), *more))
+
+
 def low_rank(parts: Parts, stem: str) -> LowRank:
     """The change that one adapter makes, as a product, exactly and without forming it.
 
@@ -119,4 +128,4 @@ def check_finite_parts(parts: Parts, stem: str) -> None:
             )
 
 
-__all__ = ["KINDS", "Kind", "NoTerm", "Place", "UnknownAdapter", "from_host", "kinds_of", "low_rank"]
+__all__ = ["KINDS", "Kind", "NoTerm", "Place", "UnknownAdapter", "from_host", "kinds_of", "low_rank", "to_host"]

@@ -193,6 +193,11 @@ class Kind(ABC):
             NoTerm: It cannot be said without the weight.
         """
 
+    def for_host(self, parts: Parts) -> dict[str, Any]:
+        """The parts as the host's merge can work with them, where it would stop at those in the file: it logs an error
+        then, and goes on without the adapter."""
+        return dict(parts)
+
     def host_leaves_out(self, parts: Parts) -> str:
         """What the host's merge of this adapter does not take into account, in words; '' where nothing."""
         return ""

@@ -7,6 +7,8 @@ bound on ‖Q‖, see `oft.cayley`; a file without one has no bound.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .base import Parts, size
@@ -50,6 +52,10 @@ class BOFTKind(OFTKind):
         if parts.get("rescale") is not None:
             made = parts["rescale"].reshape(-1, 1).to(made.dtype) * made
         return strength * (made - one)
+
+    def for_host(self, parts: Parts) -> dict[str, Any]:
+        """With an alpha of 0, which means no bound: the host compares it without asking whether there is one."""
+        return {"alpha": 0.0} | parts
 
     def host_leaves_out(self, parts: Parts) -> str:
         return ""

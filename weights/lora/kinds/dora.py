@@ -47,5 +47,11 @@ class DoRAKind(Kind):
     def shapes(self, parts: Parts) -> list[tuple[int, int | None]]:
         return self.other_kind(parts).shapes(parts)
 
+    def for_host(self, parts: Parts) -> dict[str, Any]:
+        return self.other_kind(parts).for_host(parts)
+
+    def host_leaves_out(self, parts: Parts) -> str:
+        return self.other_kind(parts).host_leaves_out(parts)
+
     def row_form(self, parts: Parts, place: Place) -> Term | LowRank:
         raise NoTerm("DoRA, which scales the weight itself")

@@ -4,6 +4,7 @@ convolution, also in Tucker form. The scale is 1 where neither factor is a produ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -103,6 +104,17 @@ class LoKrKind(Kind):
         down = torch.kron(one.down, two.down)
         up = torch.kron(one.up * one.values, two.up * (two.values * self.scale(parts)))
         return LowRank(down, up, self.kernel(parts))
+
+    def for_host(self, parts: Parts) -> dict[str, Any]:
+        """With the Tucker form multiplied out, its scale in it: torch.kron stops at the memory layout in which the host
+        makes it."""
+        if parts.get("lokr_t2") is None:
+            return dict(parts)
+        core, left, right = (wide(parts[name]) for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
+        first = {name: parts[name] for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "dora") if name in parts}
+        if "lokr_w1" not in first:  # alpha would be a scale by its rank
+            first = {"lokr_w1": self._first(parts)} | {name: first[name] for name in first if name == "dora"}
+        return first | {"lokr_w2": (tucker(core, left, right) * self.scale(parts)).contiguous()}
 
     def scaled_by(self, parts: Parts) -> Sequence[str]:
         return ("lokr_w1",)
