@@ -20,11 +20,15 @@ def side_of_list(name: str) -> int:
 
 
 class BatchSides:
-    """The sides of one run's conditionings."""
+    """The sides of one run's conditionings.
+
+    Attributes:
+        known: uuid → side.
+    """
 
     def __init__(self):
         self._given: dict[object, int] = {}
-        self._side_of: dict[object, int] = {}
+        self.known: dict[object, int] = {}
 
     def given(self, conds: Mapping[str, Iterable[dict]] | None) -> None:
         """Learn the ids of a guider's conditionings, name of the list → conditionings, before the host prepares them
@@ -35,7 +39,7 @@ class BatchSides:
             for cond in listed or ()
             if "uuid" in cond
         }
-        self._side_of = dict(self._given)
+        self.known = dict(self._given)
 
     def prepared(self, conds: Mapping[str, Iterable[dict]] | None) -> list[tuple[dict, int]]:
         """Learn what the host has made of them. Where one side has an area and the other none, it copies the
@@ -53,7 +57,7 @@ class BatchSides:
                 if self._given.get(cond["uuid"], side) != side:
                     cond["uuid"] = uuid.uuid4()
                     copies.append((cond, side))
-                self._side_of[cond["uuid"]] = side
+                self.known[cond["uuid"]] = side
         return copies
 
     def of_chunks(self, options: Mapping) -> tuple[int, ...]:
@@ -65,8 +69,9 @@ class BatchSides:
         places = options.get("cond_or_uncond") or [0]
         ids = options.get("uuids") or [None] * len(places)
         return tuple(
-            self._side_of.get(own, NEGATIVE if place == 1 else POSITIVE) for place, own in zip(places, ids, strict=True)
+            self.known.get(own, NEGATIVE if place == 1 else POSITIVE) for place, own in zip(places, ids, strict=True)
         )
 
     def forget(self) -> None:
-        self._given, self._side_of = {}, {}
+        self._given = {}
+        self.known = {}

@@ -113,7 +113,8 @@ def test_the_schedule(start, end, sampler, sdxl, inject, sample, planned):
 
 
 def test_a_mask_meets_a_region(sdxl, run_node, inject, sample, planned, prompts):
-    """The positive side sees the right half of the picture only, and the mask's right half with it."""
+    """The positive side has the right half of the picture only, and the mask's right half with it. The host hands a
+    copy of that region to the negative side, with the negative prompt: it then sees the negative's picture."""
     region = run_node("ConditioningSetArea", conditioning=prompts[0], width=64, height=128, x=64, y=0, strength=1.0)[0]
     mask = torch.linspace(0, 1, 16).expand(1, 16, 16).contiguous()
 
@@ -125,7 +126,8 @@ def test_a_mask_meets_a_region(sdxl, run_node, inject, sample, planned, prompts)
         small = mask.reshape(1, height, step, height, step).mean((2, 4))
         part = (small[..., height // 2 :] if right else small).reshape(1, n, 1).double()
         assert part.shape[1] == height * width
-        return [right] * count, 1.5 * part
+        assert count == (2 if right else 1)
+        return [False, right][:count], 1.5 * part
 
     with oracle.injected(sdxl.model.diffusion_model, planned(side, [("output", 1), ("output", 4)])):
         due = sample(sdxl, positive=region)
@@ -230,18 +232,18 @@ def test_an_interrupt_leaves_nothing(sdxl, inject, sample, host):
     model = inject(sdxl, mask=torch.ones(1, 8, 8), start_percent=0.0, end_percent=0.9)
     style = model.wrappers[WrappersMP.APPLY_MODEL]["styleloom_style"][0].__self__
     before = sample(model)
-    assert style._cache == {} and style._negative == set() and style.mask._cache == {}
+    assert style._cache == {} and style.sides.known == {} and style.mask._cache == {}
     stopped = model.clone()
 
     def stop(executor, *args, **kwargs):
         out = executor(*args, **kwargs)
-        assert style._cache and style._negative
+        assert style._cache and style.sides.known
         raise management.InterruptProcessingException()
 
     stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "stop", stop)
     with pytest.raises(management.InterruptProcessingException):
         sample(stopped)
-    assert style._cache == {} and style._negative == set() and style.mask._cache == {}
+    assert style._cache == {} and style.sides.known == {} and style.mask._cache == {}
     assert torch.equal(sample(model), before)
 
 

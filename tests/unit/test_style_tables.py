@@ -12,8 +12,9 @@ from styleloom.weights.unet import presets
 from styleloom.weights.unet.architecture import SD15, SDXL
 from styleloom.weights.unet.presets import choose, parse_custom
 from styleloom.weights.ip_adapter.formats import recognise
-from styleloom.weights.ip_adapter.keys_values import COND, UNCOND, fuse, project
+from styleloom.weights.ip_adapter.keys_values import fuse, project
 from styleloom.weights.ip_adapter.projections import image_tokens
+from styleloom.weights.row_adapters.rows import NEGATIVE, POSITIVE
 
 
 def test_the_published_counts_and_numbers():
@@ -90,24 +91,24 @@ def test_fusion():
     q = torch.randn(1, 5, 10, generator=torch.Generator().manual_seed(2))
 
     made = fuse(a, z, None, "concat")
-    assert made.shape == (2, 1, 9, 10) and torch.allclose(made[COND, 0], each.flatten(0, 1), atol=1e-6)
+    assert made.shape == (2, 1, 9, 10) and torch.allclose(made[POSITIVE, 0], each.flatten(0, 1), atol=1e-6)
     # Repeated tokens are the same attention.
-    assert torch.allclose(attend(q, made[UNCOND], made[UNCOND]), attend(q, empty, empty), atol=1e-5)
+    assert torch.allclose(attend(q, made[NEGATIVE], made[NEGATIVE]), attend(q, empty, empty), atol=1e-5)
 
     made = fuse(a, z, z[:2], "concat")
     assert made.shape == (2, 1, 18, 10)
     both = each[:2].flatten(0, 1)[None]
-    assert torch.allclose(attend(q, made[UNCOND], made[UNCOND]), attend(q, both, both), atol=1e-5)
+    assert torch.allclose(attend(q, made[NEGATIVE], made[NEGATIVE]), attend(q, both, both), atol=1e-5)
     all_three = each.flatten(0, 1)[None]
-    assert torch.allclose(attend(q, made[COND], made[COND]), attend(q, all_three, all_three), atol=1e-5)
+    assert torch.allclose(attend(q, made[POSITIVE], made[POSITIVE]), attend(q, all_three, all_three), atol=1e-5)
 
     made = fuse(a, z, z[:2], "average")
-    assert torch.allclose(made[COND], image_tokens(a, z.mean(0, keepdim=True)), atol=1e-6)
-    assert torch.allclose(made[UNCOND], image_tokens(a, z[:2].mean(0, keepdim=True)), atol=1e-6)
+    assert torch.allclose(made[POSITIVE], image_tokens(a, z.mean(0, keepdim=True)), atol=1e-6)
+    assert torch.allclose(made[NEGATIVE], image_tokens(a, z[:2].mean(0, keepdim=True)), atol=1e-6)
 
     made = fuse(a, z, None, "one per picture")
-    assert torch.allclose(made[COND], each, atol=1e-6)
-    assert torch.allclose(made[UNCOND], empty.expand(3, -1, -1), atol=1e-6)
+    assert torch.allclose(made[POSITIVE], each, atol=1e-6)
+    assert torch.allclose(made[NEGATIVE], empty.expand(3, -1, -1), atol=1e-6)
     with pytest.raises(StyleLoomError, match="negative has 2 pictures and style 3"):
         fuse(a, z, z[:2], "one per picture")
     with pytest.raises(StyleLoomError, match="empty batch"):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..errors import StyleLoomError
 from ..parallel import each_alone
+from ..row_adapters.rows import NEGATIVE, POSITIVE
 from ..unet.architecture import Layer
 from .formats import BASE, Adapter
 from .projections import image_tokens
@@ -21,11 +22,10 @@ FUSIONS = (CONCAT, AVERAGE, EACH)
 V_ONLY, K_AND_V = "V", "K+V"
 SCALINGS = (V_ONLY, K_AND_V)
 
-UNCOND, COND = 0, 1  # places in the first axis below; the host runs the negative side first
-
 
 class KeysValues(NamedTuple):
-    """Of one layer: k and v (2, pictures, tokens, width), first axis `UNCOND`, `COND`; pictures 1 unless one each."""
+    """Of one layer: k and v (2, pictures, tokens, width), first axis `POSITIVE`, `NEGATIVE`; pictures 1 unless one
+    each."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -70,10 +70,15 @@ def fuse(adapter: Adapter, references: torch.Tensor, negative: torch.Tensor | No
     both = torch.cat([references.float(), negative.to(references.device, torch.float32)])
     cond, uncond = image_tokens(adapter, both).split([len(references), len(negative)])
     if fusion == EACH:
-        return torch.stack([uncond.expand_as(cond), cond])
+        return _sides(cond, uncond.expand_as(cond))
     cond, uncond = (t.flatten(0, 1)[None] for t in (cond, uncond))
     length = math.lcm(cond.shape[1], uncond.shape[1])
-    return torch.stack([t.repeat(1, length // t.shape[1], 1) for t in (uncond, cond)])
+    return _sides(*(t.repeat(1, length // t.shape[1], 1) for t in (cond, uncond)))
+
+
+def _sides(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Both sides of guidance along a new first axis."""
+    return torch.stack([{POSITIVE: positive, NEGATIVE: negative}[side] for side in sorted((POSITIVE, NEGATIVE))])
 
 
 def project(

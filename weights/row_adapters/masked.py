@@ -76,9 +76,9 @@ class MaskedLowRank(Term):
     def _add_multiplied_out(self, x: torch.Tensor, y: torch.Tensor, ranks: Ranks) -> None:
         """A grouped convolution: its factors are no convolutions of their own."""
         if isinstance(ranks, torch.Tensor):
-            mask = ranks.to(self.up.device)
+            mask = ranks.to(self.up)
         else:
-            mask = torch.zeros(self.up.shape[1], device=self.up.device)
+            mask = self.up.new_zeros(self.up.shape[1])
             mask[ranks[0] : sum(ranks)] = 1
-        change = (self.up * mask) @ self.down.to(mask.dtype)
+        change = (self.up * mask) @ self.down
         y.add_(self.layer.apply(x, weights_like(change.reshape(self.layer.shape), x)))

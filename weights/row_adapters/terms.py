@@ -217,7 +217,7 @@ class OutputTransform(Term):
         out.add_(self.layer.pointwise(free, weights_like(matrix, y)))
 
 
-Turn = OutputTransform  # the name that nodes/host/guidance/adapter_terms.py uses
+Turn = OutputTransform  # the name that the adapter kinds still use
 
 
 def _product(factors: list[torch.Tensor]) -> torch.Tensor:

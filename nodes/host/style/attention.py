@@ -8,8 +8,7 @@ on, and then hands the UNet a copy of the options in which the chosen layers hav
 * a ControlNet, which runs before, and every layer that is not chosen are left as they are;
 * switched off by the schedule, nothing is there.
 
-Which rows of a batch are the negative side is asked of the guider by the conditioning's uuid. The numbers in
-`cond_or_uncond` are places in a list that some guiders order differently (Dual CFG Guider: 0 is the negative).
+Which rows of a batch are the negative side is decided in `batch_sides.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
-from ....weights.ip_adapter.keys_values import COND, UNCOND, KeysValues
+from ....weights.ip_adapter.keys_values import KeysValues
+from ..batch_sides import BatchSides
 from .mask_grid import MaskGrid, areas_of
 
 _KEY = "styleloom_style"
@@ -49,7 +49,7 @@ class StyleAttention:
         }
         self.mask = None if mask is None else MaskGrid(mask)
         self.start, self.end = start, end
-        self._negative: set = set()
+        self.sides = BatchSides()
         self._cache: dict = {}
         self._window = (None, 0.0, 0.0)
 
@@ -57,6 +57,7 @@ class StyleAttention:
         """A clone of the MODEL with this injection; the one given stays as it is."""
         clone = model.clone()
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self.outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, self.sampler_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, self.apply_model)
         if self.mask is not None:
             clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self.calc_cond_batch)
@@ -65,18 +66,21 @@ class StyleAttention:
     # --- wrappers
 
     def outer_sample(self, executor, *args, **kwargs):
-        """Around a whole run: learns which conditionings are negative, and drops the copies on the device after it."""
-        for name, conds in (getattr(executor.class_obj, "conds", None) or {}).items():
-            if "negative" in name:
-                self._negative |= {cond["uuid"] for cond in conds or () if "uuid" in cond}
+        """Around a whole run: learns the sides of the conditionings, and drops the copies on the device after it."""
+        self.sides.given(getattr(executor.class_obj, "conds", None))
         try:
             return executor(*args, **kwargs)
         finally:
-            self._negative = set()
+            self.sides.forget()
             self._cache = {}
             self._window = (None, 0.0, 0.0)
             if self.mask is not None:
                 self.mask.forget()
+
+    def sampler_sample(self, executor, guider, *args, **kwargs):
+        """Once the host has prepared the conditionings: areas that it copied over belong to the other side."""
+        self.sides.prepared(getattr(guider, "conds", None))
+        return executor(guider, *args, **kwargs)
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Tells the layers which part of the picture each conditioning sees, for the mask."""
@@ -128,8 +132,6 @@ class StyleAttention:
     def _arrange(self, t: torch.Tensor, sides: tuple[int, ...], frames: tuple[int, ...]) -> torch.Tensor:
         if self.pictures > 1:
             t = t[:, list(frames)]
-        if sides == (UNCOND, COND):
-            return t.flatten(0, 1)  # as it is kept, so no copy where it is on the device already
         return t[list(sides)].flatten(0, 1)
 
 
@@ -140,11 +142,7 @@ class _Call:
         self.style = style
         chunks = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(chunks)
-        known = style._negative
-        self.sides = tuple(
-            (UNCOND if uuid in known else COND) if known and uuid is not None else (UNCOND if side == 1 else COND)
-            for side, uuid in zip(chunks, uuids)
-        )
+        self.sides = style.sides.of_chunks(options)
         self.each = rows // len(self.sides)
         self.frames, total = _frames(options, self.each)
         self.areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
