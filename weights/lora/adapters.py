@@ -13,6 +13,7 @@ Scales are those of the host: alpha over the rank, 1 where the file has no alpha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -31,10 +32,18 @@ def _float(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _need(parts: Mapping[str, torch.Tensor], stem: str, *names: str) -> list[torch.Tensor]:
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def _check(parts: Mapping[str, torch.Tensor], stem: str, *names: str) -> None:
     lacking = [name for name in names if name not in parts]
     if lacking:
         raise _damaged(stem, f"it has {', '.join(sorted(parts))} and lacks {', '.join(lacking)}", "all of its parts")
+
+
+def _need(parts: Mapping[str, torch.Tensor], stem: str, *names: str) -> list[torch.Tensor]:
+    _check(parts, stem, *names)
     return [_float(parts[name]) for name in names]
 
 
@@ -51,6 +60,9 @@ def kind_of(parts: Mapping[str, torch.Tensor]) -> str | None:
 
 def low_rank(parts: Mapping[str, torch.Tensor], stem: str) -> LowRank:
     """The change that one adapter makes, as a product.
+
+    A plain LoRA keeps its own dtype and its own memory, with alpha / rank as the scale: a whole file in float32 would be
+    twice its size. All other kinds are float32 (float64 where the file is) with the scale 1.
 
     Args:
         parts: tensors by the part names of `names.key_part`.
@@ -69,7 +81,7 @@ def low_rank(parts: Mapping[str, torch.Tensor], stem: str) -> LowRank:
         )
     kind = kind_of(parts)
     found = {LORA: _lora, LOHA: _loha, LOKR: _lokr}[kind](parts, stem)
-    if not (bool(found.up.isfinite().all()) and bool(found.down.isfinite().all())):
+    if not (_finite(found.up) and _finite(found.down)):
         raise StyleLoomError(
             f"{stem}: the LoRA holds NaN or infinity",
             "finite numbers",
@@ -83,24 +95,27 @@ def _alpha(parts: Mapping[str, torch.Tensor], rank: int) -> float:
 
 
 def _lora(parts, stem: str) -> LowRank:
-    down, up = _need(parts, stem, "down", "up")
+    _check(parts, stem, "down", "up")
+    down, up = parts["down"], parts["up"]
     if down.ndim < 2 or up.ndim < 2:
         raise _damaged(stem, f"down is {list(down.shape)} and up is {list(up.shape)}", "matrices or convolutions")
     scale = _alpha(parts, down.shape[0])
     kernel = tuple(down.shape[2:])
     if "mid" in parts:
-        (mid,) = _need(parts, stem, "mid")
-        flat = down.flatten(1)
+        flat, up, mid = _float(down).flatten(1), _float(up) * scale, _float(parts["mid"])
+        scale = 1.0
         if mid.shape[1] != flat.shape[0] or up.flatten(1).shape[1] != mid.shape[0]:
             raise _damaged(stem, f"mid is {list(mid.shape)} for down {list(down.shape)}", "(rank, rank, kernel)")
         kernel = tuple(mid.shape[2:])
         down = torch.einsum("oj...,ji->oi...", mid, flat)
+    if down.dtype != up.dtype or not down.is_floating_point():
+        down, up = _float(down), _float(up)
     down, up = down.flatten(1), up.flatten(1)
     if up.shape[1] != down.shape[0]:
         raise _damaged(
             stem, f"down is {list(down.shape)} and up is {list(up.shape)}", "(rank, in) and (out, rank) with one rank"
         )
-    return LowRank(down, up * scale if scale != 1.0 else up, kernel)
+    return LowRank(down, up, kernel, scale)
 
 
 def _face_split(
@@ -129,7 +144,7 @@ def _loha(parts, stem: str) -> LowRank:
             up, down = (a @ b) * (c @ d), torch.eye(b.shape[1], dtype=b.dtype)
     except RuntimeError as error:
         raise _damaged(stem, f"the parts of a LoHa do not fit together ({error})", "matrices of one size") from error
-    return thin_svd(down, up * scale).low_rank(kernel)
+    return replace(thin_svd(down, up * scale).low_rank(), kernel=kernel)
 
 
 def _lokr(parts, stem: str) -> LowRank:

@@ -45,16 +45,16 @@ def write_lora(
     if key_map is None:
         key_map = sdxl_key_map() if family == "sdxl" else clip_key_map()
     names = names_of(key_map)
-    dtype = sources[0].dtype
-    for source in sources[1:]:
-        dtype = torch.promote_types(dtype, source.dtype)
+    dtype = written_dtype(sources)
+    loaded = _storages(sources)
     given = {target: stem for source in reversed(sources) for target, stem in source.stems.items()}
     tensors: dict[str, torch.Tensor] = {}
     for target, adapter in adapters.items():
         stem = written_stem(target, names, family, given.get(target, str(target)))
         out, inner, *kernel = adapter.weight_shape
-        down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem)
-        up = _cast(adapter.up.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem)
+        up = adapter.up if adapter.scale == 1 else adapter.factors()[1]
+        down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem, loaded)
+        up = _cast(up.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem, loaded)
         if "." in stem:
             if kernel:  # the host reads a convolution from these too
                 tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
@@ -65,7 +65,7 @@ def write_lora(
             tensors[f"{stem}.alpha"] = torch.tensor(float(adapter.rank), dtype=dtype)
     for (target, part), tensor in other.items():
         stem = written_stem(target, names, family, given.get(target, str(target)))
-        tensors[f"{stem}.{part}"] = _cast(tensor, dtype, stem) if part != "reshape_weight" else tensor
+        tensors[f"{stem}.{part}"] = _cast(tensor, dtype, stem, loaded) if part != "reshape_weight" else tensor
     if not tensors:
         raise StyleLoomError(
             "the merged LoRA is empty: every change in it is zero",
@@ -75,7 +75,23 @@ def write_lora(
     return LoRAModel(tensors, metadata)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str) -> torch.Tensor:
+def written_dtype(sources: list[CanonicalLoRA]) -> torch.dtype:
+    """What a merge of these is written in: the widest of theirs."""
+    dtype = sources[0].dtype
+    for source in sources[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    return dtype
+
+
+def _storages(sources: list[CanonicalLoRA]) -> set[int]:
+    """Where the memory of the loaded LoRAs begins."""
+    tensors = [t for source in sources for pair in source.adapters.values() for t in (pair.down, pair.up)]
+    tensors += [tensor for source in sources for tensor in source.other.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str, loaded: set[int]) -> torch.Tensor:
+    """In the dtype, checked, and in memory that no loaded LoRA shares; what is so already is not copied."""
     made = tensor.to(dtype).contiguous()
     if dtype == torch.float16 and not bool(made.isfinite().all()):
         raise StyleLoomError(
@@ -83,4 +99,4 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str) -> torch.Tensor:
             "at most 65504",
             "Lower the strengths.",
         )
-    return made.clone() if made.data_ptr() == tensor.data_ptr() else made
+    return made.clone() if made.untyped_storage().data_ptr() in loaded else made
