@@ -172,7 +172,7 @@ class Usual:
 def injections(adapter, embeds, preset: str, dtype):
     """(ours as a StyleAttention, the usual way's replacements by layer) for a preset, both watched."""
     from styleloom.nodes.host.style.attention import StyleAttention
-    from styleloom.weights.unet.blocks import choose
+    from styleloom.weights.unet.presets import choose
     from styleloom.weights.ip_adapter.keys_values import fuse, project
 
     chosen = choose(adapter.architecture, preset, 1.0, 1.0, False)
@@ -212,7 +212,7 @@ def report(case: str, preset: str, medians: dict) -> None:
 def layers_case(args, dtype) -> None:
     import torch
     from comfy.ldm.modules.attention import optimized_attention
-    from styleloom.weights.unet.blocks import SDXL
+    from styleloom.weights.unet.architecture import SDXL
 
     adapter = random_adapter(320, 2048, 1024, SDXL, torch.float32)
     embeds = torch.randn(1, 1024, generator=torch.Generator().manual_seed(1))
@@ -255,7 +255,7 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
     import comfy.model_patcher
     import comfy.supported_models
     import torch
-    from styleloom.weights.unet.blocks import SDXL
+    from styleloom.weights.unet.architecture import SDXL
 
     outer, inner = depth
     config = comfy.supported_models.SDXL({
@@ -298,7 +298,8 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
 
 def prepare_case(args, dtype) -> None:
     import torch
-    from styleloom.weights.unet.blocks import SDXL, choose
+    from styleloom.weights.unet.architecture import SDXL
+    from styleloom.weights.unet.presets import choose
     from styleloom.weights.ip_adapter.keys_values import fuse, project
 
     adapter = random_adapter(320, 2048, 1024, SDXL, torch.float16)

@@ -37,10 +37,10 @@ WIDE = ("input_blocks.4", "input_blocks.5", "output_blocks.3", "output_blocks.4"
 
 def shapes() -> dict[str, tuple[int, int]]:
     """Each layer → (out, in)."""
-    from styleloom.weights.lora.names import sdxl_layers
+    from styleloom.weights.unet.architecture import SDXL
 
     found = {}
-    for name in sdxl_layers():
+    for name in SDXL.weights:
         if "attn" not in name and "ff.net" not in name:
             continue
         width = 640 if name.startswith(WIDE) else 1280

@@ -12,7 +12,7 @@ from ..weights.lora.writing import write_lora, written_dtype
 from ..weights.merge import report
 from ..weights.merge.alignment import align, all_targets, check_sizes
 from ..weights.merge.methods import METHODS, Options
-from ..weights.merge.other_parts import fold_into_differences, pass_other
+from ..weights.merge.other_parts import folded_line, pass_other
 from ..weights.merge.several_loras import merge_many, pass_through_factors
 from .host.merge import heat_map
 from .host.key_maps import model_targets
@@ -161,7 +161,7 @@ class MergeLoRAs(io.ComfyNode):
         meta = report.metadata(recipe, family, merged)
         head = f"Merge LoRAs: {method}"
         lines = [head, *report.ingredient_lines(read, sources), *report.result_lines(read, merged)]
-        fold_into_differences(merged.adapters, other, notes)
+        notes += folded_line(merged.adapters, other)
         lora = write_lora(merged.adapters, other, read, family, known.key_map, meta)
         lines += [*notes, *(f"Note: {line}" for line in merged.warnings)]
         for line in merged.warnings:

@@ -9,7 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..weights.errors import StyleLoomError
-from ..weights.unet import blocks
+from ..weights.unet import presets
 from ..weights.ip_adapter.formats import Adapter, recognise
 from ..weights.ip_adapter.keys_values import EACH, FUSIONS, SCALINGS, fuse, project
 from ..weights.tensor_file import read_header
@@ -126,8 +126,8 @@ class StyleBlockInjector(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=list(blocks.PRESETS),
-                    default=blocks.STYLE,
+                    options=list(presets.PRESETS),
+                    default=presets.STYLE,
                     tooltip="Which layers see the picture. style: only those of style. layout: only those of layout. "
                     "all: every one, as IP-Adapter itself does. custom: those in block_weights. IPAdapter Plus: the "
                     "layers that the pack of that name chooses; they differ on SD1.5.",
@@ -239,15 +239,15 @@ class StyleBlockInjector(io.ComfyNode):
         if not references:
             raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
         architecture = check_fit(model, ipadapter)
-        chosen = blocks.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights)
+        chosen = presets.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights)
         used = {whose for _, whose in chosen.values()}
-        if layout is not None and blocks.LAYOUT not in used:
+        if layout is not None and presets.LAYOUT not in used:
             logging.warning("StyleLoom: layout is connected, but preset %s shows it to no layer", preset)
-        if block_weights.strip() and preset != blocks.CUSTOM:
+        if block_weights.strip() and preset != presets.CUSTOM:
             logging.warning("StyleLoom: block_weights count only in preset custom; preset is %s", preset)
         if not chosen:
             return io.NodeOutput(model)
-        pictures = {blocks.STYLE: references, blocks.LAYOUT: [layout]}
+        pictures = {presets.STYLE: references, presets.LAYOUT: [layout]}
         tokens = {whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)}
         counts = {whose: made.shape[1] for whose, made in tokens.items()}
         if fusion == EACH and len({*counts.values()} - {1}) > 1:

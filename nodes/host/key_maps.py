@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import comfy.lora_convert
 import comfy.model_base
 
-from ...weights.lora.names import clip_key_map
 from ...weights.lora.reading import CanonicalLoRA, read_lora
+from ...weights.lora.sdxl_names import clip_key_map
 from .lora_patches import host_key_map, weight_at
 
 
@@ -28,8 +28,8 @@ class ModelTargets:
         not (it knows a skip convolution for every block, for example) counts as unknown."""
         if self.key_map is None:
             return read_lora(lora, label)
-        found = read_lora(comfy.lora_convert.convert_lora(dict(lora)), label, self.key_map)
         shape = self.weight_shape
+        found = read_lora(comfy.lora_convert.convert_lora(dict(lora)), label, self.key_map, shape)
         for target in list(found.adapters):
             key = target[0] if isinstance(target, tuple) else target
             if key.startswith("diffusion_model.") and shape(key) is None:

@@ -10,8 +10,11 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 
-from ...weights.row_adapters.layers import layer_of
 from ...weights.errors import StyleLoomError
+from ...weights.lora.keys import group_keys, tensors_of
+from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of
+from ...weights.lora.names import is_text_key
+from ...weights.row_adapters.layers import layer_of
 
 
 def _stem(key: str, key_map: Mapping) -> str | None:
@@ -37,37 +40,6 @@ def some(keys: Iterable[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _made(adapter) -> list[tuple[int, int | None]]:
-    """(rows, columns) of the change that a patch makes, convolutions flattened: the forms that it can be read in, or
-    none where the kind does not fix it. None for columns: any number."""
-    if isinstance(adapter, tuple):  # ("diff", (change, …))
-        change = adapter[1][0]
-        return [(change.shape[0], change[0].numel())] if adapter[0] == "diff" and change.ndim else []
-    weights, kind = adapter.weights, adapter.name
-    if kind == "lora" and weights[5] is None:  # up, down, alpha, mid, dora_scale, reshape
-        up, down, mid = weights[0], weights[1], weights[3]
-        return [(up.shape[0], down[0].numel() * (1 if mid is None else mid[0, 0].numel()))]
-    if kind == "loha":  # w1a, w1b, alpha, w2a, w2b, t1, t2, dora_scale
-        w1a, w1b, core = weights[0], weights[1], weights[5]
-        return [(w1a.shape[0], w1b.shape[1]) if core is None else (w1a.shape[1], w1b.shape[1] * core[0, 0].numel())]
-    if kind == "lokr":  # w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora_scale
-        w1, w2, _, w1a, w1b, w2a, w2b, core = weights[:8]
-        shape1 = (w1a.shape[0], w1b.shape[1]) if w1 is None else w1.shape
-        if w2 is not None:
-            shape2 = (w2.shape[0], w2[0].numel())
-        elif core is not None:
-            shape2 = (w2a.shape[1], w2b.shape[1] * core[0, 0].numel())
-        else:
-            shape2 = (w2a.shape[0], w2b[0].numel())
-        return [(shape1[0] * shape2[0], shape1[1] * shape2[1])]
-    if kind in ("oft", "boft"):  # blocks (…, number, size, size)
-        return [(weights[0].shape[-3] * weights[0].shape[-1], None)]
-    if kind == "glora":  # a1, a2, b1, b2: the change is b1 b2, or b2 b1 in the first form
-        b1, b2 = weights[2], weights[3]
-        return [(b1.shape[0], b2[0].numel()), (b2.shape[0], b1[0].numel())]
-    return []
-
-
 def weight_at(roots: Iterable, key: str):
     """The parameter of that name in the first module that has it, else None. Its shape is the logical one also where a
     quantised layer would write another into its state dict."""
@@ -81,16 +53,15 @@ def weight_at(roots: Iterable, key: str):
     return None
 
 
-def _check_shape(roots: Iterable, target, adapter) -> str:
+def _misplaced(roots: Iterable, target, adapter) -> str:
     """What is wrong with the place or the shape of a patch, or ''. The host only logs such a patch when it comes to it,
     and goes on without."""
     key, part = (target[0], target[1]) if isinstance(target, tuple) else (target, None)
     weight = weight_at(roots, key)
     if weight is None:
         return f"there is no {key} to patch"  # a bias of a layer without one, for example
-    forms = _made(adapter)
-    if not forms:
-        return ""
+    parts = from_host(adapter)
+    ((kind, own),) = kinds_of(parts, key)
     layers = [
         layer for root in roots if (layer := layer_of(find_module(root, key.removesuffix(".weight")))) is not None
     ]
@@ -98,30 +69,19 @@ def _check_shape(roots: Iterable, target, adapter) -> str:
     shape = list(layers[0].shape if key.endswith(".weight") and layers else weight.shape)
     if part is not None:
         shape[part[0]] = part[2]
+    if own.get("reshape_weight") is not None:  # the host pads the weight with zeros first
+        due = list(own["reshape_weight"])
+        if part is not None or len(due) != len(shape) or any(new < old for new, old in zip(due, shape)):
+            return f"{key} is {shape} and is to be enlarged to {due}"
+        shape = due
+    exact = kind.exact_shape(own)
+    if exact is not None:
+        return "" if exact == tuple(shape) else f"{key} is {shape} and its {kind.name} is {list(exact)}"
+    forms = kind.shapes(own)
     rows, columns = shape[0], math.prod(shape[1:])
-    if any(form[0] == rows and form[1] in (columns, None) for form in forms):
+    if not forms or any(form[0] == rows and form[1] in (columns, None) for form in forms):
         return ""
     return f"{key} is {shape} and its patch makes {[size for size in forms[0] if size is not None]}"
-
-
-# Beginnings of the keys that trainers write for text encoders.
-_TEXT = (
-    "lora_te",
-    "text_encoder",
-    "text_model",
-    "te.",
-    "te1.",
-    "te2.",
-    "lora_prior_te",
-    "clip_l.",
-    "clip_g.",
-    "t5xxl.",
-)
-
-
-def is_text_key(key: str) -> bool:
-    """A LoRA's key is for a text encoder, by its name."""
-    return key.startswith(_TEXT)
 
 
 def find_module(root: torch.nn.Module, name: str) -> torch.nn.Module | None:
@@ -152,7 +112,8 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
         to an adapter of the host's, or to a tuple such as ("diff", (change,)).
 
     Raises:
-        StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches.
+        StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches, several
+            patches for one weight, of which the host would keep one; an adapter of the host's that is not known here.
     """
     key_map = host_key_map(model, clip)
     converted = comfy.lora_convert.convert_lora(dict(lora))
@@ -169,6 +130,7 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             if clip is not None or len(text) < len(unknown)
             else "Connect clip: these keys are for the text encoder.",
         )
+    _check_parts(converted, key_map, label)
     patches = comfy.lora.load_lora(converted, key_map)
     lost = sorted({stem for key, stem in stems.items() if _patched(key, key_map[stem]) not in patches})
     if lost:
@@ -179,7 +141,14 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             "does not know: update ComfyUI, or export the LoRA again.",
         )
     roots = [model.model] + ([clip.cond_stage_model] if clip is not None else [])
-    wrong = [problem for target, adapter in patches.items() if (problem := _check_shape(roots, target, adapter))]
+    try:
+        wrong = [problem for target, adapter in patches.items() if (problem := _misplaced(roots, target, adapter))]
+    except UnknownAdapter as found:
+        raise StyleLoomError(
+            f"this ComfyUI reads a part of the {label} as {found}",
+            "an adapter that StyleLoom knows",
+            "Update StyleLoom, or apply this LoRA with ComfyUI's Load LoRA.",
+        ) from found
     if wrong:
         raise StyleLoomError(
             f"{len(wrong)} patches of the {label} have another size than this {name} model: {wrong[0]}",
@@ -187,3 +156,43 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             "Use the LoRA with the model that it was made for.",
         )
     return patches
+
+
+def _check_parts(lora: Mapping[str, torch.Tensor], key_map: Mapping, label: str) -> None:
+    """Raise StyleLoomError where the host's loader would stop without a word of use (a missing half, an alpha of several
+    numbers), or would keep one of several patches for one weight."""
+    names, _ = group_keys(lora)
+    broken, makers = [], {}
+    for stem, keys in names.items():
+        target = key_map.get(stem)
+        if target is None or set(keys) == {"alpha"}:
+            continue
+        try:
+            kinds = kinds_of(tensors_of(lora, keys), stem)
+        except StyleLoomError as error:
+            broken.append(error.found)
+            continue
+        for kind, own in kinds:
+            for part in ("",) if kind.on_weight else own:
+                makers.setdefault(_patched(f"{stem}.{part}", target), []).append(f"{stem} ({part or kind.name})")
+            if kind is BIAS_CHANGE and isinstance(target, tuple):
+                raise StyleLoomError(
+                    f"the {label} changes a bias under {stem}, which is a part of {target[0]}, or has another order of "
+                    "rows: ComfyUI has no place for it",
+                    "changes of weights for such layers",
+                    "Export the LoRA with the names of the layers in the checkpoint.",
+                )
+    if broken:
+        raise StyleLoomError(
+            f"{len(broken)} patches of the {label} are incomplete or damaged: {some(broken)}",
+            "all parts of every patch",
+            "The LoRA file is damaged: download it, or export it, again.",
+        )
+    several = [made for made in makers.values() if len(made) > 1]
+    if several:
+        raise StyleLoomError(
+            f"{len(several)} weights are changed more than once by the {label}, and ComfyUI would keep one change of "
+            f"each: {some(', '.join(made) for made in several)}",
+            "one patch for each weight",
+            "Give this LoRA to Merge LoRAs, which adds them up, or export it as two files.",
+        )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.unet.blocks import SD15, SDXL
+from styleloom.weights.unet.architecture import SD15, SDXL
 from styleloom.weights.lora.block_filter import filter_blocks
 
 LDM = {"input": "input_blocks_{}_1", "middle": "middle_block_1", "output": "output_blocks_{}_1"}
@@ -136,7 +136,7 @@ def test_kinds_that_do_not_scale_may_be_left_out_or_kept():
     lora = lora_of([stem.format(0), stem.format(1)])
     lora[stem.format(1) + ".dora_scale"] = torch.ones(5, 1)
     assert filter_blocks(lora, "style blocks").lora.keys() == lora.keys()
-    with pytest.raises(StyleLoomError, match="dora_scale is of a kind .* whose change does not scale"):
+    with pytest.raises(StyleLoomError, match=r"dora_scale is a part of .*\(DoRA\) whose change does not scale"):
         filter_blocks(lora, "style blocks", 0.5)
     with pytest.raises(StyleLoomError, match="nothing of the LoRA is left"):
         filter_blocks(lora, "style blocks", 0.0, 1.0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.unet.blocks import SD15, SDXL
+from styleloom.weights.unet.architecture import SD15, SDXL
 from styleloom.weights.ip_adapter.formats import recognise
 
 LEVELS = {SDXL: [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.lora.adapters import low_rank
+from styleloom.weights.lora.kinds import low_rank
 from styleloom.weights.lora.algebra import thin_svd
 
 F64 = torch.float64

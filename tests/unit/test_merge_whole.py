@@ -13,7 +13,7 @@ from styleloom.weights.merge.fast import merge_fast
 from styleloom.weights.merge.several_loras import merge_many
 from styleloom.weights.merge.methods import METHODS, Options
 from styleloom.weights.merge.objective import MaskVector
-from styleloom.weights.merge.other_parts import fold_into_differences, pass_other
+from styleloom.weights.merge.other_parts import folded_line, pass_other
 from styleloom.weights.merge.priors import layer_prior
 from styleloom.weights.merge.report import result_lines
 from styleloom.weights.merge.two_loras import assemble, prepare, solve_prepared
@@ -223,8 +223,8 @@ def test_differences_that_cannot_be_added():
     assert len(pass_other([a, a], [1.0, 1.0], [])) == 1
     assert not pass_other([a, b], [0.0, 0.0], []), "a strength of 0 leaves a LoRA out"
     set_q = read_lora({f"{Q}.set_weight": torch.zeros(20, 16)}, "y")
-    with pytest.raises(StyleLoomError, match="one LoRA sets it to a value and another changes it"):
-        fold_into_differences(dict(a.adapters), pass_other([set_q], [1.0], []), [])
+    with pytest.raises(StyleLoomError, match="replaced by one LoRA"):
+        write_lora(a.adapters, pass_other([set_q], [1.0], []), [a, set_q], "sdxl", None, {})
 
 
 def test_two_spellings_of_a_difference_become_one():
@@ -232,11 +232,8 @@ def test_two_spellings_of_a_difference_become_one():
     a = read_lora({f"{norm}.w_norm": torch.ones(4), f"{norm}.b_norm": 2 * torch.ones(4)}, "a")
     b = read_lora({f"{norm}.diff": torch.ones(4), f"{norm}.diff_b": torch.ones(4)}, "b")
     for order in ([a, b], [b, a]):
-        found = pass_other(order, [1.0, 1.0], [])
-        assert sorted(float(value[0]) for value in found.values()) == [2, 3]
-        assert {part for _, part in found} in ({"w_norm", "b_norm"}, {"diff", "diff_b"})
-    alone = pass_other([read_lora({f"{norm}.b_norm": torch.ones(4), **lora(Q)}, "c")], [1.0], [])
-    assert [part for _, part in alone] == ["diff_b"], "hosts read a b_norm beside a w_norm only"
+        found = write_lora({}, pass_other(order, [1.0, 1.0], []), order, "sdxl", None, {})
+        assert {key.split(".")[1]: float(value[0]) for key, value in found.items()} == {"diff": 2, "diff_b": 3}
 
 
 def test_a_low_rank_change_and_a_full_difference_become_one():
@@ -245,7 +242,7 @@ def test_a_low_rank_change_and_a_full_difference_become_one():
     merged = merge_many(loras, [0.5, 2.0], "sum", Options())
     notes: list[str] = []
     other = pass_other(loras, [0.5, 2.0], notes)
-    fold_into_differences(merged.adapters, other, notes)
+    notes += folded_line(merged.adapters, other)
     written = write_lora(merged.adapters, other, loras, "sdxl", None, {})
     assert {key for key in written if key.startswith(Q)} == {f"{Q}.diff"}
     due = 0.5 * dense(lora(Q, alpha=1.5), Q) + 2 * full[f"{Q}.diff"]
@@ -260,12 +257,12 @@ def swap(weight):
 def test_a_target_whose_halves_are_swapped_meets_the_same_weight_in_its_own_order():
     key_map = {"transformer.norm_out.linear": ("final.weight", None, swap), "final": "final.weight"}
     one, two = "transformer.norm_out.linear", "final"
-    tensors = lora(one) | {f"{one}.diff_b": torch.arange(20.0)}, lora(two, seed=1)
+    tensors = lora(one) | {f"{one}.diff": torch.arange(320.0).view(20, 16)}, lora(two, seed=1)
     loras = read(*tensors, key_map=key_map)
     due = swap(dense(lora(one), one)) + dense(lora(two, seed=1), two)
     merged = merge_many(loras, [1.0, 1.0], "sum", Options())
     assert torch.allclose(product(merged.adapters["final.weight"]), due, atol=1e-5)
-    assert torch.equal(loras[0].other["final.weight", "diff_b"], swap(torch.arange(20.0)))
+    assert torch.equal(loras[0].other["final.weight", "diff"], swap(torch.arange(320.0).view(20, 16)))
     fast = merge_fast(*loras, (1.0, 1.0), layer_prior("none", "")[0], 0.0, True)
     assert torch.allclose(product(fast.adapters["final.weight"]), due, atol=1e-4)
     strange = {one: ("final.weight", None, lambda weight: 2 * weight)}
@@ -297,11 +294,12 @@ def test_the_kernel_comes_from_the_lora_that_knows_it_or_from_the_model():
         assert prepare(*loras, (1.0, 1.0), prior).kernels == [(3, 3)]
         assert merge_fast(*loras, (1.0, 1.0), prior, 0.7, True).adapters[target].kernel == (3, 3)
         assert merge_many(loras, [1.0, 1.0], "sum", Options()).adapters[target].kernel == (3, 3)
-    loras = [read_lora(loha_conv(seed), "x") for seed in (1, 2)]
-    align(loras, lambda key: (8, 4, 3, 3))
-    assert prepare(*loras, (1.0, 1.0)).kernels == [(3, 3)]
+    shapes = [read_lora(loha_conv(seed), "x", {CONV: "conv.weight"}, lambda key: (8, 4, 3, 3)) for seed in (1, 2)]
+    assert prepare(*shapes, (1.0, 1.0)).kernels == [(3, 3)]
+    unknown = [read_lora(part, "x", {CONV: "conv.weight"}) for part in (loha_conv(), locon())]
+    assert prepare(*unknown, (1.0, 1.0)).kernels == [(3, 3)]
     with pytest.raises(StyleLoomError, match=r"kernels \[1, 9\] and \[3, 3\]"):
-        read(locon(), locon(kernel=(1, 9)))
+        read(locon(), locon(kernel=(1, 9)), key_map={CONV: "conv.weight"})
 
 
 def test_sizes_are_compared_between_all_loras():

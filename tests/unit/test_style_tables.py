@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.unet import blocks
-from styleloom.weights.unet.blocks import SD15, SDXL, choose, parse_custom
+from styleloom.weights.unet import presets
+from styleloom.weights.unet.architecture import SD15, SDXL
+from styleloom.weights.unet.presets import choose, parse_custom
 from styleloom.weights.ip_adapter.formats import recognise
 from styleloom.weights.ip_adapter.keys_values import COND, UNCOND, fuse, project
 from styleloom.weights.ip_adapter.projections import image_tokens
@@ -27,9 +28,9 @@ def test_the_published_counts_and_numbers():
 
 
 def test_presets_count_their_layers():
-    counts = {p: len(choose(SDXL, p, 1, 1, False, "all")) for p in blocks.PRESETS if p != blocks.CUSTOM}
+    counts = {p: len(choose(SDXL, p, 1, 1, False, "all")) for p in presets.PRESETS if p != presets.CUSTOM}
     assert list(counts.values()) == [10, 10, 20, 70, 10, 10, 20]
-    counts = {p: len(choose(SD15, p, 1, 1, False)) for p in blocks.PRESETS if p != blocks.CUSTOM}
+    counts = {p: len(choose(SD15, p, 1, 1, False)) for p in presets.PRESETS if p != presets.CUSTOM}
     assert list(counts.values()) == [3, 3, 6, 16, 11, 2, 13]
 
 

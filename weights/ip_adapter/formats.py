@@ -15,7 +15,7 @@ import torch
 
 from ..clip_space.towers import BIG_G, VIT_H, VIT_L, VIT_L_336, ImageTower
 from ..errors import StyleLoomError
-from ..unet.blocks import ARCHITECTURES, Architecture
+from ..unet.architecture import ARCHITECTURES, Architecture
 
 BASE, PLUS, FULL = "base", "plus", "full"
 HEAD = 64  # width of a head of the published resamplers

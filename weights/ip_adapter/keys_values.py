@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..errors import StyleLoomError
 from ..parallel import each_alone
-from ..unet.blocks import Layer
+from ..unet.architecture import Layer
 from .formats import BASE, Adapter
 from .projections import image_tokens
 

@@ -39,7 +39,7 @@ def cut(pair: LowRank, max_rank: int = 0, energy: float = 1.0) -> tuple[LowRank,
     share = power.cumsum(0) / power.sum()
     k = int((share < energy - 1e-12).sum()) + 1 if energy < 1 else svd.values.numel()
     k = max(1, min(k, svd.values.numel(), max_rank or k))
-    small = svd.low_rank(k)
+    small = svd.low_rank(rank=k)
     dtype = pair.down.dtype
     return replace(pair, down=small.down.to(dtype), up=small.up.to(dtype), scale=1.0), float(share[k - 1])
 
@@ -70,11 +70,11 @@ class ThinSVD(NamedTuple):
     values: torch.Tensor
     up: torch.Tensor
 
-    def low_rank(self, rank: int | None = None) -> LowRank:
+    def low_rank(self, kernel: tuple[int, ...] = (), rank: int | None = None) -> LowRank:
         """The first `rank` directions (None: all), with the root of the values on each side, which is what half
         precision keeps best."""
         root = self.values[:rank].sqrt()
-        return LowRank(root[:, None] * self.down[:rank], self.up[:, :rank] * root)
+        return LowRank(root[:, None] * self.down[:rank], self.up[:, :rank] * root, kernel)
 
 
 def thin_svd(down: torch.Tensor, up: torch.Tensor, drop: float = 1e-6) -> ThinSVD:

@@ -9,36 +9,17 @@ import torch
 
 from ..errors import StyleLoomError
 from ..tensor_file import write_tensor_file
+from .keys import key_part
 
 PRECISIONS = {"as it is": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# By these a tensor is part of an adapter, in every spelling that the host's loaders know.
-_MARKS = (
-    "lora_",
-    ".lora.",
-    "lokr_",
-    "hada_",
-    "oft_blocks",
-    "oft_diag",
-    "boft",
-    "dora_scale",
-    ".diff",
-    ".set_weight",
-    ".w_norm",
-    ".b_norm",
-    ".a1.weight",
-    ".a2.weight",
-    ".b1.weight",
-    ".b2.weight",
-)
-
-
 def check_lora(tensors: Mapping[str, torch.Tensor], file: str) -> None:
-    """Raise StyleLoomError where the tensors of a file are no LoRA (or LoHa, LoKr, OFT, difference patch), are none at
-    all, or hold NaN or infinity."""
+    """Raise StyleLoomError where the tensors of a file are no adapter of any kind, are none at all, or hold NaN or
+    infinity."""
     strange = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
-    adapter = [key for key in tensors if any(mark in key for mark in _MARKS)]
-    if strange or not adapter or len(adapter) * 2 < len([key for key in tensors if not key.endswith(".alpha")]):
+    parts = [(key_part(key) or ("", ""))[1] for key in tensors if isinstance(key, str)]
+    adapter = [part for part in parts if part not in ("", "alpha")]
+    if strange or not adapter or len(adapter) * 2 < len(tensors) - parts.count("alpha"):
         first = ", ".join(list(map(str, tensors))[:3]) or "none"
         raise StyleLoomError(
             f"{file}: this is no LoRA: {len(adapter)} of its {len(tensors)} tensors are part of one (first: {first})",
@@ -72,7 +53,8 @@ def save_lora(
 
     Args:
         path: of the new .safetensors file.
-        lora: LORA_MODEL, tensors in LoRA-file keys; floats are cast, everything else stays.
+        lora: LORA_MODEL, tensors in LoRA-file keys; floats are cast, everything else stays, as do alphas: a half
+            precision number cannot hold every rank (bf16 only every second one above 256).
         metadata: strings for the header.
         precision: one of `PRECISIONS`.
 
@@ -84,7 +66,8 @@ def save_lora(
     dtype = PRECISIONS[precision]
     tensors = {}
     for key, value in lora.items():
-        cast = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        kept = dtype is None or not value.is_floating_point() or key.endswith(".alpha")
+        cast = value if kept else value.to(dtype)
         if cast.is_floating_point() and not bool(cast.float().isfinite().all()):
             raise StyleLoomError(
                 f"{key!r} has values that are not finite in {precision}",

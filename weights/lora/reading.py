@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import StyleLoomError
-from .adapters import kind_of, low_rank
+from .keys import group_keys, tensors_of
+from .kinds import BIAS_CHANGE, check_finite_parts, kinds_of, low_rank
 from .low_rank import LowRank
-from .names import bare, find_target, key_part, sdxl_key_map
+from .names import bare, find_target, is_text_key
+from .sdxl_names import sdxl_kernels, sdxl_key_map
 
-_ALONE = ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")
+WeightShape = Callable[[str], tuple[int, ...] | None]
 _SDXL_SHARE = 0.9  # of a file's UNet layers that must be SDXL's; an SD1.5 LoRA reaches a half
 
 
@@ -36,38 +40,15 @@ class CanonicalLoRA:
     dtype: torch.dtype = torch.float32
 
 
-def group_keys(lora: Mapping[str, torch.Tensor]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Keys of a LoRA by stem and part, and those that belong to no adapter."""
-    stems: dict[str, dict[str, str]] = {}
-    unknown = []
-    for key in lora:
-        found = key_part(key)
-        if found is None:
-            unknown.append(key)
-            continue
-        stem, part = found
-        if part in stems.setdefault(stem, {}):
-            raise StyleLoomError(
-                f"{key} and {stems[stem][part]} are the same part of one adapter",
-                "one adapter for each layer",
-                "The file holds several adapters: save one of them alone.",
-            )
-        stems[stem][part] = key
-    return stems, unknown
-
-
-def _is_text(stem: str) -> bool:
-    return stem.startswith(("lora_te", "text_encoder", "text_model", "te1.", "te2.")) or ".text_model." in stem
-
-
-def looks_like_sdxl(stems) -> bool:
+def looks_like_sdxl(stems: Iterable[str]) -> bool:
     """Whether the layers of the diffusion model that a LoRA names are those of SDXL."""
-    unet = [stem for stem in stems if not _is_text(stem)]
+    stems = list(stems)
+    unet = [stem for stem in stems if not is_text_key(stem)]
     known = sum(find_target(stem, sdxl_key_map()) is not None for stem in unet)
     return known >= _SDXL_SHARE * max(1, len(unet)) if unet else any(stem.startswith("lora_te2") for stem in stems)
 
 
-def _common_dtype(tensors) -> torch.dtype:
+def _common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     dtype = None
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() > 1:
@@ -76,19 +57,11 @@ def _common_dtype(tensors) -> torch.dtype:
     return dtype or torch.float32
 
 
-def _refuse_strange(label: str, stem: str, parts: Mapping[str, str]) -> None:
-    for part, name in (("oft", "an OFT or BOFT"), ("a1.weight", "a GLoRA"), ("b1.weight", "a GLoRA")):
-        if part in parts:
-            raise StyleLoomError(
-                f"{label}: {stem} is {name} adapter",
-                "a LoRA, LoCon, LoHa or LoKr",
-                "It multiplies the weights of the model instead of adding to them, so it cannot be merged as a LoRA. "
-                "Load it beside the merged LoRA.",
-            )
-
-
 def read_lora(
-    lora: Mapping[str, torch.Tensor], label: str, key_map: Mapping[str, Hashable] | None = None
+    lora: Mapping[str, torch.Tensor],
+    label: str,
+    key_map: Mapping[str, Hashable] | None = None,
+    weight_shape: WeightShape | None = None,
 ) -> CanonicalLoRA:
     """Canonical form of a LoRA.
 
@@ -97,12 +70,15 @@ def read_lora(
         label: for messages, e.g. "content_lora".
         key_map: names → targets of a model. None: SDXL's built-in one where the layers are SDXL's, else the file's own
             names, without what trainers put before them and with `_` for `.`.
+        weight_shape: name of a weight of the model → its shape, None where it is not at hand. It says what kernel a
+            convolution has: LyCORIS writes some as matrices. Without a model the built-in table of SDXL says it.
 
     Returns:
         As float32 (float64 where the file is). With a key map, what is not in it stands in `unknown`.
 
     Raises:
-        StyleLoomError: empty, no LoRA at all, DoRA, OFT, GLoRA, damaged, NaN; no layer of it in the key map.
+        StyleLoomError: empty, no LoRA at all, a kind that cannot be merged, damaged, NaN; a convolution of another
+            kernel than the model's; no layer of it in the key map.
     """
     if not lora:
         raise StyleLoomError(f"{label} is empty", "at least one adapter", "Look at the node that makes it.")
@@ -120,8 +96,8 @@ def read_lora(
     strict = key_map is not None
     if not strict and looks_like_sdxl(useful):
         key_map, result.family = sdxl_key_map(), "sdxl"
+        weight_shape = None
     for stem, keys in useful.items():
-        _refuse_strange(label, stem, keys)
         target = find_target(stem, key_map) if key_map else None
         if target is None and strict:
             result.unknown += keys.values()
@@ -135,7 +111,7 @@ def read_lora(
                 "The file holds several adapters: save one of them alone.",
             )
         result.stems[target] = stem
-        _take(result, target, stem, {part: lora[key] for part, key in keys.items()})
+        _take(result, target, stem, keys, tensors_of(lora, keys), weight_shape)
     if not result.adapters and not result.other:
         raise StyleLoomError(
             f"none of the {len(useful)} layers of {label} is in the model (first: {next(iter(useful))})",
@@ -145,18 +121,67 @@ def read_lora(
     return result
 
 
-def _take(result: CanonicalLoRA, target: Hashable, stem: str, parts: Mapping[str, torch.Tensor]) -> None:
-    kind = kind_of(parts)
-    if kind is not None:
-        result.adapters[target] = low_rank(parts, f"{result.label}: {stem}")
-        result.kinds[kind] = result.kinds.get(kind, 0) + 1
-    for part in _ALONE:
-        if part in parts:
-            if not bool(parts[part].float().isfinite().all()):
-                raise StyleLoomError(
-                    f"{result.label}: {stem}.{part} holds NaN or infinity",
-                    "finite numbers",
-                    "The file is damaged: download it again.",
-                )
-            result.other[(target, part)] = parts[part]
-            result.kinds["difference"] = result.kinds.get("difference", 0) + 1
+def _take(result: CanonicalLoRA, target, stem: str, keys, parts, weight_shape: WeightShape | None) -> None:
+    where = f"{result.label}: {stem}"
+    for kind, own in kinds_of(parts, where):
+        if kind.on_weight:
+            shape = _known_shape(result, target, weight_shape)
+            _refuse_enlarging(own, where, target, shape)
+            result.adapters[target] = with_kernel(low_rank(own, where), shape, where, target)
+            own = {part: own[part] for part in own if part == "reshape_weight"}
+            result.kinds[kind.name] = result.kinds.get(kind.name, 0) + 1
+        elif kind is BIAS_CHANGE and isinstance(target, tuple):
+            result.unknown += [keys[part] for part in own]  # the host has no place for a part of a bias
+            continue
+        else:
+            result.kinds[kind.name] = result.kinds.get(kind.name, 0) + len(own)
+        check_finite_parts(own, where)
+        result.other |= {(target, part): value for part, value in own.items()}
+
+
+def _known_shape(result: CanonicalLoRA, target, weight_shape: WeightShape | None) -> tuple[int | None, ...] | None:
+    """Of the weight, None for sizes that are not known; None where nothing is."""
+    key = target[0] if isinstance(target, tuple) else target
+    if weight_shape is not None:
+        return weight_shape(key)
+    kernel = sdxl_kernels().get(key) if result.family == "sdxl" else None
+    return None if kernel is None else (None, None, *kernel)
+
+
+def _refuse_enlarging(parts, where: str, target, shape: tuple[int | None, ...] | None) -> None:
+    """A control LoRA makes a layer wider: the host pads the model's weight with zeros first."""
+    if "reshape_weight" not in parts or shape is None or None in shape:
+        return
+    due = tuple(int(number) for number in parts["reshape_weight"].flatten().tolist())
+    if due != tuple(shape):
+        raise StyleLoomError(
+            f"{where} enlarges {target} from {list(shape)} to {list(due)}, as control LoRAs do for their picture",
+            "LoRAs for layers of the model's own size",
+            "A control LoRA cannot be merged. Load it beside the merged LoRA with Apply LoRA or ComfyUI's Load LoRA.",
+        )
+
+
+def with_kernel(adapter: LowRank, shape: tuple[int | None, ...] | None, where: str, target) -> LowRank:
+    """The change with the kernel of the weight that it is for. The file may have a convolution as matrices, and a linear
+    layer as a convolution over one pixel.
+
+    Args:
+        shape: of the weight, as far as it is known; None: the change comes back as it is.
+
+    Raises:
+        StyleLoomError: the change cannot be one of a weight with that kernel.
+    """
+    if shape is None or tuple(shape[2:]) == adapter.kernel:
+        return adapter
+    kernel = tuple(shape[2:])
+    pixels, own = math.prod(kernel), math.prod(adapter.kernel)
+    columns = adapter.shape[1]
+    if (own == pixels == 1) or (not adapter.kernel and columns % pixels == 0):
+        return dataclasses.replace(adapter, kernel=kernel)
+    size = "x".join(map(str, adapter.kernel)) or f"one pixel, with {columns} columns"
+    raise StyleLoomError(
+        f"{where} is for a convolution over {size}, and {target} is "
+        + (f"one over {'x'.join(map(str, kernel))}" if kernel else "a linear layer"),
+        "a LoRA for this model",
+        "Use the LoRA with the model that it was made for.",
+    )

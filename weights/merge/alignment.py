@@ -17,8 +17,7 @@ WeightShape = Callable[[str], tuple[int, ...] | None]
 
 def align(loras: list[CanonicalLoRA], weight_shape: WeightShape | None) -> None:
     """Bring LoRAs of one model to the same targets, in place. Where one has a fused weight whole (or in other slices)
-    and another in slices, the slices become changes of the whole weight, exactly. Where the model is at hand, each
-    kernel is the model's own."""
+    and another in slices, the slices become changes of the whole weight, exactly."""
     for lora in loras:
         plain_targets(lora)
     cuts: dict[Hashable, set] = {}
@@ -31,17 +30,6 @@ def align(loras: list[CanonicalLoRA], weight_shape: WeightShape | None) -> None:
         if (None in found and spans) or clash:
             for lora in loras:
                 _join(lora, key, weight_shape)
-    if weight_shape is not None:
-        for lora in loras:
-            _take_kernels(lora, weight_shape)
-
-
-def _take_kernels(lora: CanonicalLoRA, weight_shape: WeightShape) -> None:
-    """A LoHa or LoKr of a convolution does not tell its kernel, and a linear layer may come as a 1 × 1 convolution."""
-    for target, adapter in lora.adapters.items():
-        shape = weight_shape(key_of(target))
-        if shape and adapter.kernel != shape[2:] and adapter.shape[1] % max(1, math.prod(shape[2:])) == 0:
-            lora.adapters[target] = replace(adapter, kernel=tuple(shape[2:]))
 
 
 def _widen(target: Hashable, adapter: LowRank, shape: tuple[int, ...]) -> LowRank:

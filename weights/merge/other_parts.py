@@ -3,27 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable
 
 import torch
 
 from ..errors import StyleLoomError
-from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
 from .targets import name_of
 
 Parts = dict[tuple[Hashable, str], torch.Tensor]
 _SET = ("set_weight", "reshape_weight")
-# Two spellings of one thing, of which a host applies only the last.
-_TWINS = {"w_norm": "diff", "diff": "w_norm", "b_norm": "diff_b", "diff_b": "b_norm"}
-
-
-def _conflict(target: Hashable, what: str) -> StyleLoomError:
-    return StyleLoomError(
-        f"{name_of(target)}: {what}",
-        "at most one LoRA that sets a weight, and none that changes it too",
-        "These LoRAs cannot be merged: load them one after the other.",
-    )
 
 
 def pass_other(
@@ -49,44 +38,27 @@ def pass_other(
                 continue
             if part in _SET:
                 if (target, part) in found and not torch.equal(found[target, part], tensor):
-                    raise _conflict(target, f"two LoRAs set it ({part}) to different values")
+                    raise StyleLoomError(
+                        f"two LoRAs set {name_of(target)} ({part}) to different values",
+                        "at most one that does",
+                        "These LoRAs cannot be merged: load them one after the other.",
+                    )
                 found[target, part] = tensor
                 continue
-            part = _TWINS[part] if (target, _TWINS[part]) in found else part
             own = tensor if factor == 1 else tensor.float() * factor
             sum_so_far = found.get((target, part))
             found[target, part] = own if sum_so_far is None else sum_so_far.float() + own.float()
-    for target, part in list(found):
-        if part == "b_norm" and (target, "w_norm") not in found:  # a host reads it beside a w_norm only
-            found[target, "diff_b"] = found.pop((target, part))
     if found:
         notes.append(f"{len(found)} full differences of weights, biases and norms are added up as they are")
     return found
 
 
-def fold_into_differences(adapters: dict[Hashable, LowRank], other: Parts, notes: list[str]) -> None:
-    """Where a target has a low-rank change and a full difference, add the first to the second, in place and exactly.
-
-    Both would be written under one name, and a host that reads the file keeps the difference alone.
-
-    Raises:
-        StyleLoomError: a target that has a low-rank change and is set to a value.
-    """
-    folded = 0
-    for target, part in list(other):
-        changed = target in adapters or any((target, name) in other for name in ("diff", "w_norm"))
-        if part == "set_weight" and changed:
-            raise _conflict(target, "one LoRA sets it to a value and another changes it")
-        if part not in ("diff", "w_norm") or target not in adapters:
-            continue
-        if (target, "reshape_weight") in other:
-            raise _conflict(target, "one LoRA changes its size and another holds a full difference for it")
-        down, up = adapters.pop(target).factors()
-        difference = other[target, part]
-        other[target, part] = difference.float() + (up @ down).view(difference.shape)
-        folded += 1
-    if folded:
-        notes.append(
-            f"{folded} layers have a low-rank change in one LoRA and a full difference in another: both are written as "
-            "one full difference"
-        )
+def folded_line(adapters: Container[Hashable], other: Parts) -> list[str]:
+    """For the report: layers with a low-rank change and a full difference, which the writer makes one."""
+    both = {target for target, part in other if part in ("diff", "w_norm") and target in adapters}
+    if not both:
+        return []
+    return [
+        f"{len(both)} layers have a low-rank change in one LoRA and a full difference in another: each is written as one "
+        "full difference, which is exact and makes a larger file"
+    ]

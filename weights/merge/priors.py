@@ -13,47 +13,38 @@ import math
 from collections.abc import Callable, Hashable
 
 from ..errors import StyleLoomError
+from ..unet.architecture import SDXL, checkpoint_name
 from .targets import key_of
 
 Prior = Callable[[Hashable], tuple[float, float]]
 EVEN = (1.0, 1.0)
 
 # Block of the checkpoint → (content, style); the first that a layer's name begins with.
-SOFT = {
-    "input_blocks.7": (1.5, 1.0),
-    "input_blocks.8": (1.5, 1.0),
-    "middle_block": (1.5, 1.0),
-    "output_blocks.0": (1.5, 1.0),
-    "output_blocks.1": (1.0, 1.5),
-    "input_blocks.4": (1.0, 1.5),
-    "input_blocks.5": (1.0, 1.5),
-    "output_blocks.3": (1.0, 1.5),
-    "output_blocks.4": (1.0, 1.5),
-    "output_blocks.5": (1.0, 1.5),
-}
+_DEPTHS = {checkpoint_name(block): depth for block, depth, _ in SDXL.blocks}
+_DEEPEST = max(_DEPTHS.values())
+_STYLE = [checkpoint_name(block) for block in SDXL.style]
+_CONTENT = [checkpoint_name(block) for block in SDXL.content]
+
+
+def _by_depth(weight: float) -> dict[str, tuple[float, float]]:
+    """The deep blocks, of low resolution, for content, the others for style."""
+    return {name: (weight, 1.0) if depth == _DEEPEST else (1.0, weight) for name, depth in _DEPTHS.items()}
+
+
+# Softly, with the block of the style taken out of the deep ones; the last of them counts evenly.
+SOFT = {name: row for name, row in _by_depth(1.5).items() if name != "output_blocks.2"}
+SOFT |= dict.fromkeys(_STYLE, (1.0, 1.5))
 # Low resolution speaks for content, the rest for style (the paper's intent; its code reaches 240 of 560 layers).
-DUOLORA = {
-    **dict.fromkeys(("input_blocks.7", "input_blocks.8", "middle_block"), (2.0, 1.0)),
-    **dict.fromkeys(("output_blocks.0", "output_blocks.1", "output_blocks.2"), (2.0, 1.0)),
-    **dict.fromkeys(("input_blocks.4", "input_blocks.5"), (1.0, 2.0)),
-    **dict.fromkeys(("output_blocks.3", "output_blocks.4", "output_blocks.5"), (1.0, 2.0)),
-}
+DUOLORA = _by_depth(2.0)
 # The two attentions that a B-LoRA consists of, each for one of the two alone.
-B_LORA = {"output_blocks.0": (1.0, 0.0), "output_blocks.1": (0.0, 1.0)}
+B_LORA = dict.fromkeys(_CONTENT, (1.0, 0.0)) | dict.fromkeys(_STYLE, (0.0, 1.0))
 
 PRESETS = {"soft": SOFT, "duolora": DUOLORA, "b-lora": B_LORA, "none": {}}
 CUSTOM = "custom"
 OPTIONS = (*PRESETS, CUSTOM)
 
 # diffusers' names of the blocks, for custom priors.
-_OTHER_NAMES = {
-    "down_blocks.1.attentions.0": "input_blocks.4",
-    "down_blocks.1.attentions.1": "input_blocks.5",
-    "down_blocks.2.attentions.0": "input_blocks.7",
-    "down_blocks.2.attentions.1": "input_blocks.8",
-    "mid_block": "middle_block",
-    **{f"up_blocks.{b}.attentions.{i}": f"output_blocks.{3 * b + i}" for b in (0, 1) for i in range(3)},
-}
+_OTHER_NAMES = {diffusers: checkpoint_name(block) for block, _, diffusers in SDXL.blocks} | {"mid_block": "middle_block"}
 
 
 def _table(rows: dict[str, tuple[float, float]]) -> Prior:

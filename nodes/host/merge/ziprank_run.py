@@ -12,7 +12,7 @@ from ....weights.merge.alignment import align, all_targets, check_sizes
 from ....weights.merge.calibrated import routed, solve_calibrated
 from ....weights.merge.fast import merge_fast
 from ....weights.merge.one_layer import on_own_inputs
-from ....weights.merge.other_parts import fold_into_differences, pass_other
+from ....weights.merge.other_parts import folded_line, pass_other
 from ....weights.merge.priors import layer_prior
 from ....weights.merge.two_loras import assemble, prepare, solve_prepared
 from . import heat_map, model_modes
@@ -97,7 +97,7 @@ class ZipRank:
         meta = report.metadata(recipe, self.family, merged)
         head = f"ZipRank Merge, {self.mode}: separation {self.settings['separation']:g}, prior {self.settings['prior']}"
         lines = [head, *report.ingredient_lines(self.loras, sources), *report.result_lines(self.loras, merged)]
-        fold_into_differences(merged.adapters, other, self.notes)
+        self.notes += folded_line(merged.adapters, other)
         lora = write_lora(merged.adapters, other, self.loras, self.family, self.known.key_map, meta)
         lines += merged.notes + self.notes + [f"Note: {line}" for line in merged.warnings]
         kept = {target: layer.kept for target, layer in merged.reports.items()}

@@ -22,7 +22,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ....weights.errors import StyleLoomError
-from ....weights.unet.blocks import Layer
+from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import COND, UNCOND, KeysValues
 from .mask_grid import MaskGrid, areas_of
 

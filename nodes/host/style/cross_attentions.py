@@ -1,9 +1,9 @@
-"""The cross-attentions of a UNet of the host's, as the tables of `weights/unet/blocks.py` name them."""
+"""The cross-attentions of a UNet of the host's, as the tables of `weights/unet/architecture.py` name them."""
 
 from __future__ import annotations
 
 from ....weights.errors import StyleLoomError
-from ....weights.unet.blocks import ARCHITECTURES, Architecture, Layer
+from ....weights.unet.architecture import ARCHITECTURES, Architecture, Layer
 from ....weights.ip_adapter.formats import Adapter
 
 

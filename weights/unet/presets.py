@@ -1,109 +1,15 @@
-"""The cross-attentions of the UNets, and which of them carry style or layout.
-
-A block is what the host calls ("input", 8): one transformer of a UNet with as many cross-attentions as it is deep.
-Order of a file: down, up, middle, as the attention processors of diffusers are listed, with the self-attentions
-counted in between; so the n-th cross-attention in that order has the keys `{2n+1}.to_k_ip.weight` and `to_v_ip`.
-
-Style and layout blocks: InstantStyle (arXiv 2404.02733) and its repository's `infer_style*.py`; the content block of
-SDXL: B-LoRA (arXiv 2403.14572). "IPAdapter Plus" are the sets of cubiq/ComfyUI_IPAdapter_plus, which differ on SD1.5.
-"""
+"""Presets of InstantStyle on the blocks of a UNet: where a picture is injected, and how strongly."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 from ..errors import StyleLoomError
-
-Block = tuple[str, int]
-Layer = tuple[str, int, int]
+from .architecture import Architecture, Layer
 
 STYLE, LAYOUT, BOTH, ALL, CUSTOM = "style", "layout", "style + layout", "all", "custom"
 OTHER = "IPAdapter Plus: "
 PRESETS = (STYLE, LAYOUT, BOTH, ALL, CUSTOM, OTHER + STYLE, OTHER + LAYOUT, OTHER + BOTH)
-
-
-@dataclass(frozen=True, eq=False)
-class Architecture:
-    """The cross-attentions of one UNet.
-
-    `blocks`: (block, depth, name in diffusers) in forward order. The sets map blocks to shares of the weight.
-    """
-
-    name: str
-    blocks: tuple[tuple[Block, int, str], ...]
-    style: dict[Block, float]
-    layout: dict[Block, float]
-    content: dict[Block, float]
-    other_style: dict[Block, float] = field(default_factory=dict)
-    other_layout: dict[Block, float] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Every cross-attention in forward order: (kind, number, index)."""
-        return [(*block, i) for block, depth, _ in self.blocks for i in range(depth)]
-
-    @property
-    def file_numbers(self) -> dict[Layer, int]:
-        """Layer → the number before `.to_k_ip.weight` in a file."""
-        middle = [layer for layer in self.layers if layer[0] == "middle"]
-        order = [layer for layer in self.layers if layer[0] != "middle"] + middle
-        return {layer: 2 * n + 1 for n, layer in enumerate(order)}
-
-
-def _ones(*blocks: Block) -> dict[Block, float]:
-    return dict.fromkeys(blocks, 1.0)
-
-
-SDXL = Architecture(
-    "SDXL",
-    (
-        (("input", 4), 2, "down_blocks.1.attentions.0"),
-        (("input", 5), 2, "down_blocks.1.attentions.1"),
-        (("input", 7), 10, "down_blocks.2.attentions.0"),
-        (("input", 8), 10, "down_blocks.2.attentions.1"),
-        (("middle", 0), 10, "mid_block.attentions.0"),
-        (("output", 0), 10, "up_blocks.0.attentions.0"),
-        (("output", 1), 10, "up_blocks.0.attentions.1"),
-        (("output", 2), 10, "up_blocks.0.attentions.2"),
-        (("output", 3), 2, "up_blocks.1.attentions.0"),
-        (("output", 4), 2, "up_blocks.1.attentions.1"),
-        (("output", 5), 2, "up_blocks.1.attentions.2"),
-    ),
-    style=_ones(("output", 1)),
-    layout=_ones(("input", 8)),
-    content=_ones(("output", 0)),
-    other_style=_ones(("output", 1)),
-    other_layout=_ones(("input", 8)),
-)
-SD15 = Architecture(
-    "SD1.5",
-    (
-        (("input", 1), 1, "down_blocks.0.attentions.0"),
-        (("input", 2), 1, "down_blocks.0.attentions.1"),
-        (("input", 4), 1, "down_blocks.1.attentions.0"),
-        (("input", 5), 1, "down_blocks.1.attentions.1"),
-        (("input", 7), 1, "down_blocks.2.attentions.0"),
-        (("input", 8), 1, "down_blocks.2.attentions.1"),
-        (("middle", 0), 1, "mid_block.attentions.0"),
-        (("output", 3), 1, "up_blocks.1.attentions.0"),
-        (("output", 4), 1, "up_blocks.1.attentions.1"),
-        (("output", 5), 1, "up_blocks.1.attentions.2"),
-        (("output", 6), 1, "up_blocks.2.attentions.0"),
-        (("output", 7), 1, "up_blocks.2.attentions.1"),
-        (("output", 8), 1, "up_blocks.2.attentions.2"),
-        (("output", 9), 1, "up_blocks.3.attentions.0"),
-        (("output", 10), 1, "up_blocks.3.attentions.1"),
-        (("output", 11), 1, "up_blocks.3.attentions.2"),
-    ),
-    style=_ones(("output", 3), ("output", 4), ("output", 5)),
-    layout=_ones(("input", 7), ("input", 8), ("middle", 0)),
-    content={},
-    # By position in forward order: style 0, 1, 2, 3 and 9 to 15; composition a quarter at 4 and the whole at 5.
-    other_style=_ones(*(("input", n) for n in (1, 2, 4, 5)), *(("output", n) for n in (5, 6, 7, 8, 9, 10, 11))),
-    other_layout={("input", 7): 0.25, ("input", 8): 1.0},
-)
-ARCHITECTURES = (SDXL, SD15)
 
 
 def choose(
