@@ -8,12 +8,13 @@ import math
 from comfy_api.latest import io
 
 from ..weights.errors import StyleLoomError
-from ..weights.lora.writing import write_lora
-from ..weights.merge import report as words
-from ..weights.merge.alignment import align, all_targets, check_sizes, pass_other
-from ..weights.merge.several_loras import merge_many
+from ..weights.lora.writing import write_lora, written_dtype
+from ..weights.merge import report
+from ..weights.merge.alignment import align, all_targets, check_sizes
 from ..weights.merge.methods import METHODS, Options
-from .host.merge import heat_map as merge_picture
+from ..weights.merge.other_parts import folded_line, pass_other
+from ..weights.merge.several_loras import merge_many, pass_through_factors
+from .host.merge import heat_map
 from .host.key_maps import model_targets
 from .host.progress import Steps
 from .types import CATEGORY_LORA, LoRA
@@ -141,11 +142,11 @@ class MergeLoRAs(io.ComfyNode):
             check_sizes(read, known.weight_shape)
         options = Options(density=density, mu=mu, ridge=ridge, seed=seed)
         steps = Steps(len(all_targets(read)))
-        merged = merge_many(read, weights, method, options, max_rank, energy, steps)
+        merged = merge_many(read, weights, method, options, max_rank, energy, written_dtype(read), steps)
         notes: list[str] = []
-        other = pass_other(read, weights, notes)
+        other = pass_other(read, pass_through_factors(method, weights), notes)
         family = known.family or read[0].family
-        sources = [words.describe(*item) for item in zip(read, given, weights)]
+        sources = [report.describe(*item) for item in zip(read, given, weights)]
         recipe = {
             "node": "Merge LoRAs",
             "method": method,
@@ -157,15 +158,17 @@ class MergeLoRAs(io.ComfyNode):
             "ridge": ridge,
             "loras": sources,
         }
-        meta = words.metadata(recipe, family, merged)
-        lora = write_lora(merged.adapters, other, read, family, known.key_map, meta)
+        meta = report.metadata(recipe, family, merged)
         head = f"Merge LoRAs: {method}"
-        lines = [head, *words.ingredient_lines(read, sources), *words.result_lines(read, merged), *notes]
+        lines = [head, *report.ingredient_lines(read, sources), *report.result_lines(read, merged)]
+        notes += folded_line(merged.adapters, other)
+        lora = write_lora(merged.adapters, other, read, family, known.key_map, meta)
+        lines += [*notes, *(f"Note: {line}" for line in merged.warnings)]
         for line in merged.warnings:
             logging.warning("StyleLoom: %s", line)
         titles = [f"{lora.label}: share left on its own inputs" for lora in read]
-        kept = {target: report.kept for target, report in merged.reports.items()}
-        return io.NodeOutput(lora, "\n".join(lines), merge_picture.draw(titles, kept, head))
+        kept = {target: layer.kept for target, layer in merged.reports.items()}
+        return io.NodeOutput(lora, "\n".join(lines), heat_map.draw(titles, kept, head))
 
 
 def parse_strengths(text: str, count: int) -> list[float]:
@@ -174,16 +177,21 @@ def parse_strengths(text: str, count: int) -> list[float]:
     Raises:
         StyleLoomError: no number, not finite, or not one for each LoRA.
     """
-    words_typed = text.replace(";", ",").replace(",", " ").split()
-    try:
-        numbers = [float(word) for word in words_typed]
-    except ValueError as error:
-        numbers, problem = [], str(error)
-    else:
-        problem = f"it has {len(numbers)} numbers for {count} LoRAs"
-    if not words_typed:
+    typed = text.replace(";", ",").replace(",", " ").split()
+    if not typed:
         return [1.0] * count
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+    numbers, problem = [], ""
+    for word in typed:
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            problem = problem or f"{word!r} is no number"
+            continue
+        if not math.isfinite(numbers[-1]):
+            problem = problem or f"{word!r} is not a finite number"
+    if len(typed) != count:
+        problem = problem or f"it has {len(typed)} number{'s' if len(typed) != 1 else ''} for {count} LoRAs"
+    if problem:
         raise StyleLoomError(
             f"strengths is {text!r}: {problem}",
             "one number for each LoRA, or nothing",

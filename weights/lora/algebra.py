@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,33 +17,38 @@ def frobenius_norm(pair: LowRank) -> float:
     return float(squared.clamp_min(0).sqrt()) * abs(pair.scale)
 
 
-def truncate(pair: LowRank, max_rank: int) -> LowRank:
-    """The best approximation of `up @ down` of at most `max_rank` in the Frobenius norm (Eckart-Young).
-
-    With up = Q_b R_b and downᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ is that of the product; its root goes to
-    each side.
+def cut(pair: LowRank, max_rank: int = 0, energy: float = 1.0) -> tuple[LowRank, float]:
+    """The best approximation of `up @ down` in the Frobenius norm (Eckart-Young) that has at most `max_rank` ranks and
+    drops the smallest directions as long as the share `energy` of ‖up·down‖² remains.
 
     Args:
         pair: down (rank, in), up (out, rank).
-        max_rank: at least 1; a pair that is no larger comes back as it is.
+        max_rank: 0 for no limit.
+        energy: above 0; 1 keeps all.
 
     Returns:
-        LowRank of the input's dtype.
+        (LowRank of the input's dtype, with the root of the singular values on each side; the share of the squared norm
+        that it keeps). A pair with nothing to cut comes back as it is.
     """
+    if energy >= 1 and (not max_rank or pair.rank <= max_rank):
+        return pair, 1.0
+    svd = thin_svd(*pair.factors())
+    if not svd.values.numel():
+        return replace(pair, down=pair.down[:0], up=pair.up[:, :0]), 1.0
+    power = svd.values.double().square()
+    share = power.cumsum(0) / power.sum()
+    k = int((share < energy - 1e-12).sum()) + 1 if energy < 1 else svd.values.numel()
+    k = max(1, min(k, svd.values.numel(), max_rank or k))
+    small = svd.low_rank(rank=k)
+    dtype = pair.down.dtype
+    return replace(pair, down=small.down.to(dtype), up=small.up.to(dtype), scale=1.0), float(share[k - 1])
+
+
+def truncate(pair: LowRank, max_rank: int) -> LowRank:
+    """`cut` at a rank of at least 1."""
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-    if pair.rank <= max_rank:
-        return pair
-    dtype = pair.down.dtype
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    q_up, r_up = torch.linalg.qr(pair.up.to(work) * pair.scale)
-    q_down, r_down = torch.linalg.qr(pair.down.to(work).T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
-    k = min(max_rank, s.numel())  # a factor can be longer than its matrix is wide
-    root = s[:k].sqrt()
-    up = q_up @ (u[:, :k] * root)
-    down = (root[:, None] * vh[:k]) @ q_down.T
-    return LowRank(down.to(dtype), up.to(dtype), pair.kernel, 1.0, pair.outputs, pair.inputs)
+    return cut(pair, max_rank)[0]
 
 
 def concatenate(pairs: list[LowRank], scales: list[float]) -> LowRank:
@@ -64,10 +70,11 @@ class ThinSVD(NamedTuple):
     values: torch.Tensor
     up: torch.Tensor
 
-    def low_rank(self, kernel: tuple[int, ...] = ()) -> LowRank:
-        """With the root of the values on each side, which is what half precision keeps best."""
-        root = self.values.sqrt()
-        return LowRank(root[:, None] * self.down, self.up * root, kernel)
+    def low_rank(self, kernel: tuple[int, ...] = (), rank: int | None = None) -> LowRank:
+        """The first `rank` directions (None: all), with the root of the values on each side, which is what half
+        precision keeps best."""
+        root = self.values[:rank].sqrt()
+        return LowRank(root[:, None] * self.down[:rank], self.up[:, :rank] * root, kernel)
 
 
 def thin_svd(down: torch.Tensor, up: torch.Tensor, drop: float = 1e-6) -> ThinSVD:

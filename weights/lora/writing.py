@@ -48,18 +48,17 @@ def write_lora(
     if key_map is None:
         key_map = sdxl_key_map() if family == "sdxl" else clip_key_map()
     names = names_of(key_map)
-    dtype = sources[0].dtype
-    for source in sources[1:]:
-        dtype = torch.promote_types(dtype, source.dtype)
+    dtype = written_dtype(sources)
+    loaded = _storages(sources)
     given = {target: stem for source in reversed(sources) for target, stem in source.stems.items()}
     adapters, other = _one_change_a_weight(adapters, other)
     tensors: dict[str, torch.Tensor] = {}
     for target, adapter in adapters.items():
         stem = written_stem(target, names, family, given.get(target, str(target)))
         out, inner, *kernel = adapter.weight_shape
-        down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem)
-        scaled = adapter.up if adapter.scale == 1.0 else wide(adapter.up) * adapter.scale
-        up = _cast(scaled.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem)
+        up = adapter.up if adapter.scale == 1.0 else adapter.factors()[1]
+        down = _cast(adapter.down.reshape(adapter.rank, inner, *kernel), dtype, stem, loaded)
+        up = _cast(up.reshape(out, adapter.rank, *[1] * len(kernel)), dtype, stem, loaded)
         dotted = "." in stem
         down_name, up_name = LORA.peft if dotted and not kernel else LORA.kohya
         tensors |= {f"{stem}.{down_name}": down, f"{stem}.{up_name}": up}
@@ -67,7 +66,7 @@ def write_lora(
             tensors[f"{stem}.alpha"] = torch.tensor(float(adapter.rank))
     for (target, part), tensor in other.items():
         stem = written_stem(target, names, family, given.get(target, str(target)))
-        tensors[f"{stem}.{part}"] = _cast(tensor, dtype, stem) if part != "reshape_weight" else tensor
+        tensors[f"{stem}.{part}"] = _cast(tensor, dtype, stem, loaded) if part != "reshape_weight" else tensor
     if not tensors:
         raise StyleLoomError(
             "the merged LoRA is empty: every change in it is zero",
@@ -97,7 +96,8 @@ def _one_change_a_weight(
             )
         if full and target in adapters:
             adapter = adapters.pop(target)
-            change = (wide(adapter.up) @ wide(adapter.down) * adapter.scale).reshape(adapter.weight_shape)
+            down, up = adapter.factors()
+            change = (up @ down).reshape(adapter.weight_shape)
             other[target, "diff"] = _sum(target, change, *(other.pop(row) for row in full))
         elif len(full) == 2:
             other[target, "diff"] = _sum(target, *(other.pop(row) for row in full))
@@ -120,7 +120,23 @@ def _sum(target: Hashable, *changes: torch.Tensor) -> torch.Tensor:
     return changes[0] if len(changes) == 1 else sum(wide(change).reshape(shape) for change in changes)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str) -> torch.Tensor:
+def written_dtype(sources: list[CanonicalLoRA]) -> torch.dtype:
+    """What a merge of these is written in: the widest of theirs."""
+    dtype = sources[0].dtype
+    for source in sources[1:]:
+        dtype = torch.promote_types(dtype, source.dtype)
+    return dtype
+
+
+def _storages(sources: list[CanonicalLoRA]) -> set[int]:
+    """Where the memory of the loaded LoRAs begins."""
+    tensors = [t for source in sources for pair in source.adapters.values() for t in (pair.down, pair.up)]
+    tensors += [tensor for source in sources for tensor in source.other.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str, loaded: set[int]) -> torch.Tensor:
+    """In the dtype, checked, and in memory that no loaded LoRA shares; what is so already is not copied."""
     made = tensor.to(dtype).contiguous()
     if dtype == torch.float16 and not bool(made.isfinite().all()):
         raise StyleLoomError(
@@ -128,4 +144,4 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str) -> torch.Tensor:
             "at most 65504",
             "Lower the strengths.",
         )
-    return made.clone() if made.data_ptr() == tensor.data_ptr() else made
+    return made.clone() if made.untyped_storage().data_ptr() in loaded else made

@@ -14,13 +14,14 @@ from __future__ import annotations
 import torch
 
 from ..lora.low_rank import LowRank
-from .two_loras import Prepared, prior_columns
+from .box_qp import minimise_in_box
 from .gauge import Gauge
 from .methods.router import route
-from .priors import Prior
-from .ziprank import Masks, keep_strength, separated
+from .two_loras import Prepared, prior_columns
+from .ziprank import Masks, keep_strength, leave_out, separated
 
 MIX, RIDGE = 0.2, 1e-2  # share of the file's own Gram; of the trace over R
+_ENOUGH = 1e-6  # how far the error may be above its minimum, as a share of the error of masks that are all 0
 
 
 def file_grams(gauge: Gauge) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,29 +40,8 @@ def mixed(measured: torch.Tensor | None, file: torch.Tensor, mix: float = MIX, r
     return found + ridge / len(found) * torch.eye(len(found), dtype=found.dtype)
 
 
-def solve_box(system: torch.Tensor, right: torch.Tensor, start: torch.Tensor, rounds: int = 400) -> torch.Tensor:
-    """argmin ½ zᵀ G z − gᵀ z over [0, 1]ᴿ by accelerated projected gradients with restarts.
-
-    Each coordinate has the step 1 / Σ_j |G_ij|, which never overshoots (the diagonal of those sums dominates G).
-
-    Args:
-        system: (…, R, R) positive semidefinite. right, start: (…, R). Float64.
-    """
-    rate = 1 / system.abs().sum(-1).clamp_min(torch.finfo(system.dtype).tiny)
-    z = ahead = start.clamp(0, 1)
-    t = 1.0
-    for _ in range(rounds):
-        slope = (system @ ahead[..., None])[..., 0] - right
-        new = (ahead - rate * slope).clamp(0, 1)
-        if float(((ahead - new) * (new - z)).sum()) > 0:  # going uphill: forget the momentum
-            t = 1.0
-        following = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        ahead, z, t = new + (t - 1) / following * (new - z), new, following
-    return z
-
-
 def solve_layer(gauge: Gauge, grams: tuple[torch.Tensor, torch.Tensor], p_c: float, p_s: float, start: Masks) -> Masks:
-    """The masks of one layer at γ = 1. A prior of 0 leaves that LoRA out.
+    """The masks of one layer at γ = 1. A weight of 0 leaves that LoRA out.
 
     Args:
         grams: H_c, H_s (R, R), content's rows first.
@@ -75,25 +55,26 @@ def solve_layer(gauge: Gauge, grams: tuple[torch.Tensor, torch.Tensor], p_c: flo
     e_c = torch.cat((torch.ones_like(start.content), torch.zeros_like(start.style)))
     one, two = own * grams[0], own * grams[1]
     system, right = p_c * one + p_s * two, p_c * one @ e_c + p_s * two @ (1 - e_c)
-    z = solve_box(system, right, torch.cat(start[:2]))
+    without = p_c * e_c @ one @ e_c + p_s * (1 - e_c) @ two @ (1 - e_c)  # the error of masks that are all 0
+    enough = _ENOUGH * float(without) / 2
+    z = minimise_in_box(system.mv, right, system.diagonal(), torch.cat(start[:2]), 0.0, 1.0, enough)
     return Masks(z[:r_c], z[r_c:])
 
 
 def solve_calibrated(
     prepared: Prepared,
     measured: list[tuple[torch.Tensor | None, torch.Tensor | None]],
-    prior: Prior,
     separation: float,
     keep: bool,
     start: Masks,
 ) -> Masks:
-    """Masks of all shared layers, filled up as `fast.solve_fast` gives them.
+    """Masks of all shared layers, filled up as `two_loras.solve_prepared` gives them.
 
     Args:
         measured: H_c and H_s of each shared layer, None where nothing was seen.
-        start: the fast masks at γ = 1.
+        start: the closed form's masks at γ = 1.
     """
-    p_c, p_s = prior_columns(prepared, prior)
+    p_c, p_s = prior_columns(prepared, prepared.prior)
     content, style = start.content.clone(), start.style.clone()
     for index, gauge in enumerate(prepared.gauges):
         file = file_grams(gauge)
@@ -104,10 +85,8 @@ def solve_calibrated(
         style[index, : found.style.numel()] = found.style
     masks = Masks(content, style)
     if keep:
-        raised = keep_strength(prepared.moments, masks)
-        alone = (p_c == 0) | (p_s == 0)
-        masks = Masks(*(torch.where(alone, old, new) for old, new in zip(masks[:2], raised)))
-    return separated(masks, separation)
+        masks = keep_strength(prepared.moments, masks)
+    return leave_out(separated(masks, separation), p_c, p_s)
 
 
 def routed(
@@ -118,7 +97,10 @@ def routed(
     separation: float,
     ridge: float = 0.1,
 ) -> LowRank:
-    """One layer by the router: L = U (I + γ (M − I)) V with M from the mixed Grams."""
+    """One layer by the router: L = U (I + γ (M − I)) V with M from the mixed Grams. A weight of 0 leaves that LoRA
+    out."""
+    if p_c == 0 or p_s == 0:
+        return LowRank(gauge.down_c, gauge.up_c) if p_s == 0 else LowRank(gauge.down_s, gauge.up_s)
     grams = [mixed(found, own) for found, own in zip(measured, file_grams(gauge))]
     sizes = [gauge.up_c.shape[1], gauge.up_s.shape[1]]
     matrix = route(grams, sizes, ridge, [p_c, p_s])

@@ -66,8 +66,8 @@ def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
     return Gauge(up_c @ p, p.T @ content.down, up_s @ q, q.T @ style.down, d)
 
 
-def sides(gauge: Gauge) -> tuple[ThinSVD, ThinSVD]:
-    """Content and style of a gauge as `up · diag(values) · down` with orthonormal rows of `down`; the columns of `up`
+def content_and_style(gauge: Gauge) -> tuple[ThinSVD, ThinSVD]:
+    """The two changes of a gauge as `up · diag(values) · down` with orthonormal rows of `down`; the columns of `up`
     have length 1 but need not be orthogonal."""
     found = []
     for up, down in ((gauge.up_c, gauge.down_c), (gauge.up_s, gauge.down_s)):

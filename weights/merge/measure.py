@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..lora.algebra import ThinSVD, thin_svd
+from collections.abc import Sequence
+
+import torch
+
+from ..lora.algebra import ThinSVD, frobenius_norm
 from ..lora.low_rank import LowRank
 
 
@@ -17,15 +21,8 @@ def own_input(merged: LowRank, change: ThinSVD) -> tuple[float, float]:
     return float((found * due).sum() / size), float((found - due).square().sum() / size)
 
 
-def cut(pair: LowRank, max_rank: int, energy: float) -> tuple[LowRank, float]:
-    """The best approximation that keeps this share of ‖L‖² and no more than `max_rank` ranks (0: no limit), and the
-    share that is kept."""
-    if energy >= 1 and (not max_rank or pair.rank <= max_rank):
-        return pair, 1.0
-    svd = thin_svd(pair.down, pair.up)
-    power = svd.values.double().square()
-    share = power.cumsum(0) / power.sum()
-    k = int((share < energy - 1e-12).sum()) + 1 if energy < 1 else svd.values.numel()
-    k = max(1, min(k, svd.values.numel(), max_rank or k))
-    root = svd.values[:k].sqrt()
-    return LowRank(root[:, None] * svd.down[:k], svd.up[:, :k] * root), float(share[k - 1])
+def sum_size(changes: Sequence[ThinSVD]) -> float:
+    """‖Σ L_k‖, from the Grams of the factors: the sum is not formed."""
+    down = torch.cat([change.down for change in changes])
+    up = torch.cat([change.up * change.values for change in changes], 1)
+    return frobenius_norm(LowRank(down, up))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .two_loras import Prepared
+from .two_loras import Prepared, prior_columns
 from .ziprank import Masks
 
 MAX_MASK = 1.5
@@ -17,7 +17,8 @@ _SHRINK = 0.1  # weight of the minor mask itself beside the hinge
 
 
 class MaskVector:
-    """The masks of all shared layers as one vector, content's before style's in each layer."""
+    """The masks of all shared layers as one vector, content's before style's in each layer. Where a prior leaves one of
+    the LoRAs out, the masks of that layer stay as they start."""
 
     def __init__(self, prepared: Prepared, masks: Masks):
         self.sizes = [(gauge.up_c.shape[1], gauge.up_s.shape[1]) for gauge in prepared.gauges]
@@ -29,13 +30,17 @@ class MaskVector:
         layer = [torch.full((a + b,), i) for i, (a, b) in enumerate(self.sizes)]
         side = [torch.cat((torch.zeros(a), torch.ones(b))) for a, b in self.sizes]
         self.cell = (2 * torch.cat(layer) + torch.cat(side)).long()
+        held = (torch.cat(prior_columns(prepared, prepared.prior), 1) == 0).any(1)
+        self.held = held[torch.cat(layer)]
 
     def layers(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """(r_c + r_s,) of each layer: views."""
-        return list(vector.split([a + b for a, b in self.sizes]))
+        """(r_c + r_s,) of each layer."""
+        held, start = self.held.to(vector.device), self.start.to(vector)
+        return list(torch.where(held, start, vector).split([a + b for a, b in self.sizes]))
 
     def shares(self, vector: torch.Tensor) -> torch.Tensor:
         """s = Σ σᵢ |mᵢ| / Σ σᵢ of content and style in each layer, (layers, 2)."""
+        vector = torch.cat(self.layers(vector))
         weights, cell = self.weights.to(vector), self.cell.to(vector.device)
         total = weights.new_zeros(2 * len(self.sizes))
         kept = total.index_add(0, cell, weights * vector.abs())

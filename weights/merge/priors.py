@@ -1,6 +1,7 @@
 """Layer priors: which blocks of a model speak for content, which for style.
 
-A prior is a weight for each of the two errors of a layer, so it decides only where the two LoRAs conflict. The blocks
+A prior is a weight for each of the two errors of a layer, so it decides only where the two LoRAs conflict. A weight of 0
+is more: that LoRA is left out of the block, in layers that only it has too. The blocks
 are SDXL's; sources: DuoLoRA (arXiv 2504.13206), B-LoRA (arXiv 2403.14572), InstantStyle (arXiv 2404.02733). They
 disagree about the blocks after the middle, so the default is soft.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Hashable
 
 from ..errors import StyleLoomError
 from ..unet.architecture import SDXL, checkpoint_name
+from .targets import key_of
 
 Prior = Callable[[Hashable], tuple[float, float]]
 EVEN = (1.0, 1.0)
@@ -47,8 +49,7 @@ _OTHER_NAMES = {diffusers: checkpoint_name(block) for block, _, diffusers in SDX
 
 def _table(rows: dict[str, tuple[float, float]]) -> Prior:
     def prior(target: Hashable) -> tuple[float, float]:
-        name = target[0] if isinstance(target, tuple) else target
-        name = str(name).removeprefix("diffusion_model.").removeprefix("name:")
+        name = key_of(target).removeprefix("diffusion_model.").removeprefix("name:")
         for block, weights in rows.items():
             if block != "*" and (name == block or name.startswith((f"{block}.", f"{block.replace('.', '_')}_"))):
                 return weights

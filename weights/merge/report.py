@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Hashable, Mapping
 
 import torch
 
 from ..lora.reading import CanonicalLoRA
-from .alignment import MergedLayers
+from .result import MergedLayers
+from .targets import name_of
+
+LARGE = 2.0  # times the plain sum: a merged change above it is exaggerated
 
 
 def fingerprint(lora: Mapping[str, torch.Tensor]) -> str:
@@ -64,12 +68,13 @@ def mean(values) -> float | None:
 
 
 def result_lines(loras: list[CanonicalLoRA], merged: MergedLayers) -> list[str]:
-    """Shared and one-sided layers, ranks, what is left of each LoRA, overlap and losses."""
+    """Shared layers and others, ranks, what is left of each LoRA, overlap, losses and the size of the change. A change
+    that is much larger than the plain sum is added to the warnings."""
     reports = list(merged.reports.values())
-    both = [t for t in merged.adapters if all(t in lora.adapters for lora in loras)]
+    shared = sum(all(target in lora.adapters for lora in loras) for target in merged.reports)
     lines = [
-        f"merged: {len(merged.adapters)} layers ({len(both)} shared, {len(merged.adapters) - len(both)} one-sided at "
-        f"full strength), rank {_ranks([r.rank for r in reports])}"
+        f"merged: {len(reports)} layers ({shared} shared, {len(reports) - shared} that not all LoRAs have), rank "
+        f"{_ranks([r.rank for r in reports])}"
     ]
     for index, lora in enumerate(loras):
         kept = mean(r.kept[index] for r in reports if r.overlap is not None or r.loss is not None)
@@ -82,20 +87,35 @@ def result_lines(loras: list[CanonicalLoRA], merged: MergedLayers) -> list[str]:
         lines.append(f"overlap of the inputs: {overlap:.3f} (mean squared cosine; by chance about {chance:.3f})")
     loss, plain = mean(r.loss for r in reports), mean(r.loss_sum for r in reports)
     if loss is not None:
-        lines.append(f"own-input loss: {loss:.4f}" + ("" if plain is None else f" (plain sum: {plain:.4f})"))
-    energy = mean(r.energy for r in reports)
-    if energy is not None:
-        lines.append(f"energy that the rank limit keeps: {100 * energy:.2f} %")
-    return lines
+        beside = "" if plain is None else f"; loading both would have {plain:.4f}"
+        lines.append(f"own-input loss: {loss:.4f} (0: each LoRA acts on its own inputs as if it were alone{beside})")
+    energies = [r.energy for r in reports]
+    if min(energies, default=1.0) < 1:
+        lines.append(
+            f"energy that the limit of the rank keeps: {100 * mean(energies):.2f} % of the squared size of a layer "
+            f"(least: {100 * min(energies):.2f} %)"
+        )
+    return lines + size_lines(merged)
+
+
+def size_lines(merged: MergedLayers) -> list[str]:
+    """The size (Frobenius norm) of the whole merged change beside that of the plain sum, and a warning above `LARGE`."""
+    reports = merged.reports.values()
+    plain = math.sqrt(sum(r.sum_size**2 for r in reports))
+    if plain == 0:
+        return []
+    ratio = math.sqrt(sum(r.size**2 for r in reports)) / plain
+    if ratio > LARGE:
+        merged.warnings.append(
+            f"the merged change is {ratio:.1f} times as large as the plain sum of the LoRAs, so it may overdo both. Use a "
+            "lower strength or separation, or another method."
+        )
+    return [f"size of the change: {ratio:.2f} times that of the plain sum"]
 
 
 def effective_ranks(merged: MergedLayers) -> dict[str, list[float]]:
     """[effective ranks…] of each layer, for the recipe."""
-    return {_name(t): [round(e, 2) for e in r.effective] for t, r in merged.reports.items() if r.effective}
-
-
-def _name(target: Hashable) -> str:
-    return target if isinstance(target, str) else f"{target[0]}[{target[1][0]}:{target[1][1]}+{target[1][2]}]"
+    return {name_of(t): [round(e, 2) for e in r.effective] for t, r in merged.reports.items() if r.effective}
 
 
 def metadata(recipe: Mapping, family: str, merged: MergedLayers) -> dict[str, str]:

@@ -14,16 +14,18 @@ falls apart into pairs, with α = ‖uᶜ‖², β = ‖uˢ‖², κ = uᶜ·uˢ
 
 Directions without a partner keep the mask 1.
 
-A mask cannot take the partner's input out of a direction. So fast mode first turns the two input directions of a pair
-apart, towards their dual basis, by the symmetric matrix with the gain 1/(1 + d) on v_c + v_s and min(1/(1 − d), A) on
-v_c − v_s. The limit A keeps nearly parallel inputs from being exaggerated. With s and t for what a turned direction
-sees of its own and of the partner's input (1 and d where nothing is turned) the same system has s and t in it:
+A mask cannot take the partner's input out of a direction. So fast mode first replaces the two input directions of a
+pair by their dual (biorthogonal) basis, which reads nothing of the partner's input: by the symmetric matrix with the
+gain 1/(1 + d) on v_c + v_s and min(1/(1 − d), A) on v_c − v_s. The limit A keeps nearly parallel inputs from being
+exaggerated. With s and t for the response of such a direction to its own and to the partner's input (1 and d for the
+directions as they are) the same system has s and t in it:
 
     [ α (p_c s² + p_s t²)   κ s t (p_c + p_s)  ] [a]   [ p_c α s + p_s κ t ]
     [ κ s t (p_c + p_s)     β (p_c t² + p_s s²)] [b] = [ p_s β s + p_c κ t ]
 
 With the separation γ the targets are L_c + (1 − γ) L_s on X_c and
-L_s + (1 − γ) L_c on X_s, and the solution is 1 + γ (m − 1): γ = 0 is the plain sum, γ = 1 ZipLoRA's objective.
+L_s + (1 − γ) L_c on X_s, and the solution is 1 + γ (m − 1): γ = 0 is the plain sum, γ = 1 ZipLoRA's objective. A
+weight p of 0 is no weight but a choice: that LoRA is left out of the layer, whatever γ is.
 
 This solves a problem of ZipRank's shape; it is not DuoLoRA's training, and its published figures are not claimed.
 """
@@ -39,28 +41,28 @@ from ..lora.algebra import ThinSVD
 from ..lora.low_rank import LowRank
 from .gauge import Gauge, principal_gauge
 
-MAX_GAIN = 1.25  # how far keep-strength may raise the masks
-MAX_TURN = 2.0  # A: the largest gain when input directions are turned apart
+STRENGTH_GAIN = 1.25  # how far keep-strength may raise the masks
+DUAL_GAIN = 2.0  # A: the largest gain of the dual basis of a pair of input directions
 
 
 class Masks(NamedTuple):
     """content (…, r_c), style (…, r_s): float64; a leading axis stands for layers.
 
-    Where directions are turned apart, a pair is [u_c u_s] [[content, turn_c], [turn_s, style]] [v_c; v_s], with turn_c
-    and turn_s (…, pairs).
+    With dual input directions a pair is [u_c u_s] [[content, cross_c], [cross_s, style]] [v_c; v_s], with cross_c and
+    cross_s (…, pairs).
     """
 
     content: torch.Tensor
     style: torch.Tensor
-    turn_c: torch.Tensor | None = None
-    turn_s: torch.Tensor | None = None
+    cross_c: torch.Tensor | None = None
+    cross_s: torch.Tensor | None = None
 
-    def seen(self, cosines: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is left of the pairs on the inputs: (content on content's, style on content's, content on style's,
-        style on style's), each (…, pairs)."""
+    def responses(self, cosines: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the pairs make of the inputs: (content of content's, style of content's, content of style's, style of
+        style's), each (…, pairs)."""
         n = cosines.shape[-1]
         a, b = self.content[..., :n], self.style[..., :n]
-        c, s = (0.0, 0.0) if self.turn_c is None else (self.turn_c, self.turn_s)
+        c, s = (0.0, 0.0) if self.cross_c is None else (self.cross_c, self.cross_s)
         return a + c * cosines, s + b * cosines, a * cosines + c, s * cosines + b
 
     def scaled(self, factor: torch.Tensor) -> Masks:
@@ -112,28 +114,28 @@ def _best_in_box(h11, h12, h22, g1, g2, ridge: float) -> tuple[torch.Tensor, tor
     return torch.where(inside, a, x.gather(0, best)[0]), torch.where(inside, b, y.gather(0, best)[0])
 
 
-def turned(cosines: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k0, k1) of the symmetric matrix [[k0, k1], [k1, k0]] that turns the two input directions of a pair apart; limit
-    1 turns nothing."""
-    if limit <= 1:
+def dual_basis(cosines: torch.Tensor, dual_gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k0, k1) of the symmetric matrix [[k0, k1], [k1, k0]] that makes the two input directions of a pair biorthogonal,
+    as far as the gain allows; 1 leaves them as they are."""
+    if dual_gain <= 1:
         return torch.ones_like(cosines), torch.zeros_like(cosines)
-    together, apart = 1 / (1 + cosines), (1 / (1 - cosines).clamp_min(1e-12)).clamp_max(limit)
+    together, apart = 1 / (1 + cosines), (1 / (1 - cosines).clamp_min(1e-12)).clamp_max(dual_gain)
     return (together + apart) / 2, (together - apart) / 2
 
 
-def solve_masks(m: Moments, p_c=1.0, p_s=1.0, ridge: float = 1e-9, limit: float = 1.0) -> Masks:
+def solve_masks(m: Moments, p_c=1.0, p_s=1.0, ridge: float = 1e-9, dual_gain: float = 1.0) -> Masks:
     """The masks at γ = 1.
 
     Args:
         p_c, p_s: weights of the two errors, numbers or (layers, 1); at least 0 and not both 0. A 0 leaves that LoRA out
             of the layer.
         ridge: relative; above the rounding of what the moments came from.
-        limit: A, the largest gain of turning directions apart; 1 for masks alone.
+        dual_gain: A, the largest gain of the dual basis; 1 for masks alone.
     """
     p_c, p_s = (torch.as_tensor(p, dtype=torch.float64) for p in (p_c, p_s))
     a, b = torch.ones_like(m.alpha), torch.ones_like(m.beta)
     n, d, both = m.cosines.shape[-1], m.cosines, p_c + p_s
-    k0, k1 = turned(d, limit)
+    k0, k1 = dual_basis(d, dual_gain)
     s, t = k0 + k1 * d, k1 + k0 * d
     alpha, beta, kappa = m.alpha[..., :n], m.beta[..., :n], m.kappa
     h11, h22 = alpha * (p_c * s * s + p_s * t * t), beta * (p_c * t * t + p_s * s * s)
@@ -141,31 +143,55 @@ def solve_masks(m: Moments, p_c=1.0, p_s=1.0, ridge: float = 1e-9, limit: float 
     a[..., :n], b[..., :n] = _best_in_box(h11, both * kappa * s * t, h22, g1, g2, ridge)
     c, e = a[..., :n] * k1, b[..., :n] * k1
     a[..., :n], b[..., :n] = a[..., :n] * k0, b[..., :n] * k0
+    masks = Masks(a, b) if dual_gain <= 1 else Masks(a, b, c, e)
+    return leave_out(masks, p_c, p_s)
+
+
+def leave_out(masks: Masks, p_c: torch.Tensor, p_s: torch.Tensor) -> Masks:
+    """Where a weight is 0: that LoRA's masks 0, and the other LoRA whole.
+
+    Args:
+        p_c, p_s: numbers or (layers, 1).
+    """
+    p_c, p_s = torch.as_tensor(p_c), torch.as_tensor(p_s)
     alone = (p_c == 0) | (p_s == 0)
-    a, b = torch.where(alone, (p_c > 0).double(), a), torch.where(alone, (p_s > 0).double(), b)
-    return Masks(a, b) if limit <= 1 else Masks(a, b, *(torch.where(alone, 0.0, turn) for turn in (c, e)))
+    content, style = (torch.where(alone, (p > 0).double(), mask) for p, mask in zip((p_c, p_s), masks[:2]))
+    return Masks(content, style, *(None if cross is None else torch.where(alone, 0.0, cross) for cross in masks[2:]))
 
 
 def gains(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     """How much of each LoRA is left on its own inputs: ⟨L(m), L_k⟩ over ‖L_k‖² there, (…,). 1 where nothing sags."""
     n = m.cosines.shape[-1]
-    cc, sc, cs, ss = masks.seen(m.cosines)
+    cc, sc, cs, ss = masks.responses(m.cosines)
     content = (cc * m.alpha[..., :n] + sc * m.kappa).sum(-1) + (masks.content * m.alpha)[..., n:].sum(-1)
     style = (ss * m.beta[..., :n] + cs * m.kappa).sum(-1) + (masks.style * m.beta)[..., n:].sum(-1)
     return content / m.alpha.sum(-1), style / m.beta.sum(-1)
 
 
+def squared_sizes(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(‖L(m)‖², ‖L_c + L_s‖²), (…,)."""
+    n, d = m.cosines.shape[-1], m.cosines
+    a, b = masks.content[..., :n], masks.style[..., :n]
+    c, e = (0.0, 0.0) if masks.cross_c is None else (masks.cross_c, masks.cross_s)
+    alpha, beta = m.alpha[..., :n], m.beta[..., :n]
+    rows_c, rows_s = a * a + 2 * a * c * d + c * c, b * b + 2 * b * e * d + e * e
+    merged = (alpha * rows_c + beta * rows_s + 2 * m.kappa * (a * e + (a * b + c * e) * d + c * b)).sum(-1)
+    merged = merged + (masks.content.square() * m.alpha)[..., n:].sum(-1)
+    merged = merged + (masks.style.square() * m.beta)[..., n:].sum(-1)
+    return merged, m.alpha.sum(-1) + m.beta.sum(-1) + 2 * (m.kappa * d).sum(-1)
+
+
 def keep_strength(m: Moments, masks: Masks) -> Masks:
-    """Both masks raised by one factor a layer, at most `MAX_GAIN`, where each error's fear of the other LoRA made them
+    """Both masks raised by one factor a layer, at most `STRENGTH_GAIN`, where each error's fear of the other LoRA made them
     sag."""
     mean = sum(gains(m, masks)) / 2
-    return masks.scaled(torch.where(mean > 0, 1 / mean, MAX_GAIN).clamp(1.0, MAX_GAIN)[..., None])
+    return masks.scaled(torch.where(mean > 0, 1 / mean, STRENGTH_GAIN).clamp(1.0, STRENGTH_GAIN)[..., None])
 
 
 def own_loss(m: Moments, masks: Masks) -> torch.Tensor:
     """Mean over both LoRAs of ‖(L(m) − L_k) P_k‖² / ‖L_k‖², with P_k the projector onto its row space, (…,)."""
     n = m.cosines.shape[-1]
-    cc, sc, cs, ss = masks.seen(m.cosines)
+    cc, sc, cs, ss = masks.responses(m.cosines)
     alpha, beta, kappa = m.alpha[..., :n], m.beta[..., :n], m.kappa
     content = ((cc - 1).square() * alpha + 2 * (cc - 1) * sc * kappa + sc.square() * beta).sum(-1)
     style = ((ss - 1).square() * beta + 2 * (ss - 1) * cs * kappa + cs.square() * alpha).sum(-1)
@@ -179,20 +205,18 @@ def ridge_for(dtype: torch.dtype) -> float:
     return 1e-9 if dtype == torch.float64 else 1e-6
 
 
-def masks_at(m: Moments, p_c, p_s, separation: float, keep: bool, ridge: float, limit: float = 1.0) -> Masks:
-    """The masks at a separation γ in [0, 1], with keep-strength or without; a prior of 0 is left alone by it."""
-    masks = solve_masks(m, p_c, p_s, ridge, limit)
+def masks_at(m: Moments, p_c, p_s, separation: float, keep: bool, ridge: float, dual_gain: float = 1.0) -> Masks:
+    """The masks at a separation γ in [0, 1], with keep-strength or without."""
+    masks = solve_masks(m, p_c, p_s, ridge, dual_gain)
     if keep:
-        alone = (torch.as_tensor(p_c) == 0) | (torch.as_tensor(p_s) == 0)
-        raised = keep_strength(m, masks)
-        masks = Masks(*(None if a is None else torch.where(alone, a, b) for a, b in zip(masks, raised)))
-    return separated(masks, separation)
+        masks = keep_strength(m, masks)
+    return leave_out(separated(masks, separation), p_c, p_s)
 
 
 def separated(masks: Masks, separation: float) -> Masks:
     """From the plain sum (0) to the masks (1), linearly."""
-    turns = (None if turn is None else separation * turn for turn in masks[2:])
-    return Masks(*(1 + separation * (mask - 1) for mask in masks[:2]), *turns)
+    crosses = (None if cross is None else separation * cross for cross in masks[2:])
+    return Masks(*(1 + separation * (mask - 1) for mask in masks[:2]), *crosses)
 
 
 def build(gauge: Gauge, masks: Masks) -> LowRank:
@@ -200,12 +224,12 @@ def build(gauge: Gauge, masks: Masks) -> LowRank:
     out are left out, and a pair with one input direction becomes one."""
     dtype, n = gauge.up_c.dtype, gauge.cosines.numel()
     up_c, up_s, down_c, down_s = gauge.up_c, gauge.up_s, gauge.down_c, gauge.down_s
-    if masks.turn_c is None:
+    if masks.cross_c is None:
         up_c, up_s = up_c * masks.content.to(dtype), up_s * masks.style.to(dtype)
     else:  # the masks go to the input side, where the partner's direction is taken out
         down_c, down_s = down_c * masks.content[:, None].to(dtype), down_s * masks.style[:, None].to(dtype)
-        down_c[:n] += masks.turn_c[:, None].to(dtype) * gauge.down_s[:n]
-        down_s[:n] += masks.turn_s[:, None].to(dtype) * gauge.down_c[:n]
+        down_c[:n] += masks.cross_c[:, None].to(dtype) * gauge.down_s[:n]
+        down_s[:n] += masks.cross_s[:, None].to(dtype) * gauge.down_c[:n]
     same = gauge.cosines > 1 - (5e-7 if dtype == torch.float32 else 5e-15)
     if bool(same.any()):  # one input direction: what both put out goes into one
         own = (down_c[:n] * gauge.down_c[:n]).sum(1), (down_s[:n] * gauge.down_c[:n]).sum(1)
@@ -231,18 +255,18 @@ def merge_pair(
     p_s: float = 1.0,
     separation: float = 1.0,
     keep: bool = True,
-    limit: float = 1.0,
+    dual_gain: float = 1.0,
 ) -> tuple[LowRank, Masks, Moments]:
-    """ZipRank of one weight; `fast.py` does the same for many at once.
+    """ZipRank of one weight; `fast.py` does the same for whole LoRAs.
 
     Args:
         content, style: strengths included, at least rank 1 each.
         p_c, p_s: weights of the two errors (layer prior).
         separation: γ in [0, 1].
         keep: keep-strength.
-        limit: of turning directions apart; 1 for masks alone.
+        dual_gain: of the dual basis; 1 for masks alone.
     """
     gauge = principal_gauge(content, style)
     m = moments(gauge)
-    masks = masks_at(m, p_c, p_s, separation, keep, ridge_for(gauge.up_c.dtype), limit)
+    masks = masks_at(m, p_c, p_s, separation, keep, ridge_for(gauge.up_c.dtype), dual_gain)
     return build(gauge, masks), masks, m

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ....weights.merge.targets import key_of, slice_of
+
 _INK, _FAINT, _PAPER, _NONE = (32, 36, 48), (120, 126, 140), (250, 250, 248), (228, 228, 226)
 # From "all gone" to "all there": grows in brightness, so also for colour-blind eyes.
 _SCALE = np.array([(36, 18, 66), (84, 32, 120), (150, 50, 122), (212, 82, 96), (244, 140, 78), (252, 226, 150)], float)
@@ -19,12 +21,12 @@ _MAX_COLUMNS = 160
 
 def place(target: Hashable) -> tuple[str, str]:
     """(block, layer) of a target: the column and the row of its cell."""
-    name = target[0] if isinstance(target, tuple) else str(target)
-    name = name.removeprefix("diffusion_model.").removeprefix("name:").removesuffix(".weight")
+    name = key_of(target).removeprefix("diffusion_model.").removeprefix("name:").removesuffix(".weight")
     match = _BLOCK.match(name)
     block, layer = match.groups() if match else ("", name)
-    if isinstance(target, tuple):
-        layer += f" {target[1][1]}+"
+    part = slice_of(target)
+    if part is not None:
+        layer += f" {part[1]}+"
     return block, layer
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ....weights.errors import StyleLoomError
-from ....weights.lora.low_rank import LowRank
-from ....weights.lora.algebra import truncate
-from ....weights.lora.writing import write_lora
-from ....weights.merge import report as words
+from ....weights.lora.algebra import cut, frobenius_norm
+from ....weights.lora.writing import write_lora, written_dtype
+from ....weights.merge import report
+from ....weights.merge.alignment import align, all_targets, check_sizes
 from ....weights.merge.calibrated import routed, solve_calibrated
-from ....weights.merge.two_loras import assemble, prepare, solve_fast
-from ....weights.merge.gauge import sides
-from ....weights.merge.alignment import align, all_targets, check_sizes, pass_other
-from ....weights.merge.measure import own_input
+from ....weights.merge.fast import merge_fast
+from ....weights.merge.one_layer import on_own_inputs
+from ....weights.merge.other_parts import folded_line, pass_other
 from ....weights.merge.priors import layer_prior
-from . import heat_map as merge_picture
-from . import model_modes as merge_runs
+from ....weights.merge.two_loras import assemble, prepare, solve_prepared
+from . import heat_map, model_modes
 from ..key_maps import model_targets
 
 FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
@@ -38,6 +39,10 @@ class ZipRank:
         self.prior, note = layer_prior(settings["prior"], self.family, settings.get("custom_prior", ""))
         if note:
             self.notes.append(note)
+        for index, lora in enumerate(self.loras):
+            absent = sum(self.prior(target)[index] == 0 for target in lora.adapters)
+            if absent:
+                self.notes.append(f"{lora.label}: left out of {absent} layers, as the prior gives it a weight of 0 there")
 
     def _check_needs(self) -> None:
         lacking = [name for name in ("model", "clip") if getattr(self, name) is None]
@@ -49,21 +54,33 @@ class ZipRank:
             )
 
     def prepare(self, steps) -> None:
-        """Bring all shared layers into the gauge. `steps`: class of the progress counter."""
+        """Bring all shared layers into the gauge, for the modes that run the model; mode fast merges in the same pass.
+        `steps`: class of the progress counter."""
         count = steps(len(all_targets(self.loras)))
-        self.prepared = prepare(*self.loras, self.strengths, count)
-        for lora, empty in zip(self.loras, self.prepared.empty):
-            if empty:
-                self.notes.append(f"{lora.label}: {empty} layers change nothing (untrained, or strength 0)")
+        if self.mode != FAST:
+            self.prepared = prepare(*self.loras, self.strengths, self.prior, count)
+            return
+        self.merged = merge_fast(
+            *self.loras,
+            self.strengths,
+            self.prior,
+            self.settings["separation"],
+            self.settings.get("keep_strength", True),
+            self.settings["max_rank"],
+            written_dtype(self.loras),
+            count,
+        )
 
     def run(self):
         """(LORA_MODEL, report, IMAGE)."""
-        masks = self._masks()
-        self.merged = assemble(self.prepared, masks, self.settings["max_rank"])
-        if self.mode == CALIBRATED and self.settings["solver"] == "router" and masks is not None:
-            self._route()
-        other = pass_other(self.loras, list(self.strengths), self.notes)
-        sources = [words.describe(*item) for item in zip(self.loras, self.tensors, self.strengths)]
+        if self.mode != FAST:
+            masks = self._masks()
+            self.merged = assemble(self.prepared, masks, self.settings["max_rank"])
+            if self.mode == CALIBRATED and self.settings["solver"] == "router" and masks is not None:
+                self._route()
+        merged = self.merged
+        other = pass_other(self.loras, list(self.strengths), self.notes, lambda i, target: self.prior(target)[i] == 0)
+        sources = [report.describe(*item) for item in zip(self.loras, self.tensors, self.strengths)]
         recipe = {
             "node": "ZipRank Merge",
             "mode": self.mode,
@@ -72,30 +89,29 @@ class ZipRank:
             "keep_strength": self.settings.get("keep_strength", True),
             "max_rank": self.settings["max_rank"],
             "loras": sources,
-            "effective_ranks": words.effective_ranks(self.merged),
+            "effective_ranks": report.effective_ranks(merged),
         }
         if self.settings["prior"] == "custom":
             recipe["custom_prior"] = self.settings["custom_prior"]
         recipe |= self._more()
-        meta = words.metadata(recipe, self.family, self.merged)
-        lora = write_lora(self.merged.adapters, other, self.loras, self.family, self.known.key_map, meta)
+        meta = report.metadata(recipe, self.family, merged)
         head = f"ZipRank Merge, {self.mode}: separation {self.settings['separation']:g}, prior {self.settings['prior']}"
-        lines = [head, *words.ingredient_lines(self.loras, sources), *words.result_lines(self.loras, self.merged)]
-        lines += self.notes + [f"Note: {line}" for line in self.merged.warnings]
-        kept = {target: report.kept for target, report in self.merged.reports.items()}
+        lines = [head, *report.ingredient_lines(self.loras, sources), *report.result_lines(self.loras, merged)]
+        self.notes += folded_line(merged.adapters, other)
+        lora = write_lora(merged.adapters, other, self.loras, self.family, self.known.key_map, meta)
+        lines += merged.notes + self.notes + [f"Note: {line}" for line in merged.warnings]
+        kept = {target: layer.kept for target, layer in merged.reports.items()}
         titles = ["content: share kept of each layer", "style: share kept of each layer"]
-        return lora, "\n".join(lines), merge_picture.draw(titles, kept, head, self.losses)
+        return lora, "\n".join(lines), heat_map.draw(titles, kept, head, self.losses)
 
     def _masks(self):
         keep, separation = self.settings.get("keep_strength", True), self.settings["separation"]
-        if self.mode == FAST or self.prepared.moments is None:
-            return solve_fast(self.prepared, self.prior, separation, keep)
+        if self.prepared.moments is None:
+            return None
         if self.mode == CALIBRATED:
-            self.measured = merge_runs.measure(self)
-            start = solve_fast(self.prepared, self.prior, 1.0, False, limit=1.0)
-            return solve_calibrated(self.prepared, self.measured, self.prior, separation, keep, start)
-        start = solve_fast(self.prepared, self.prior, separation, keep, limit=1.0)
-        trained, masks = merge_runs.learn(self, start)
+            self.measured = model_modes.measure(self)
+            return solve_calibrated(self.prepared, self.measured, separation, keep, solve_prepared(self.prepared, 1.0, False))
+        trained, masks = model_modes.learn(self, solve_prepared(self.prepared, separation, keep))
         self.losses = trained.losses
         if trained.losses:
             self.notes.append(
@@ -113,13 +129,18 @@ class ZipRank:
         for index, target in enumerate(self.prepared.targets):
             gauge, weights = self.prepared.gauges[index], self.prior(target)
             made = routed(gauge, self.measured[index], *weights, self.settings["separation"])
-            if self.settings["max_rank"]:
-                made = truncate(made, self.settings["max_rank"])
-            self.merged.adapters[target] = LowRank(made.down, made.up, self.prepared.kernels[index])
-            report = self.merged.reports[target]
-            own = [own_input(made, side) for side in sides(gauge)]
-            report.rank, report.effective = made.rank, ()
-            report.kept, report.loss = tuple(gain for gain, _ in own), sum(loss for _, loss in own) / 2
+            made, energy = cut(made, self.settings["max_rank"])
+            self.merged.adapters[target] = replace(made, kernel=self.prepared.kernels[index])
+            kept, loss = on_own_inputs(made, gauge)
+            self.merged.reports[target] = replace(
+                self.merged.reports[target],
+                rank=made.rank,
+                kept=kept,
+                loss=loss,
+                effective=(),
+                size=frobenius_norm(made),
+                energy=energy,
+            )
 
     def _more(self) -> dict:
         if self.mode == FAST:

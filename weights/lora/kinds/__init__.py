@@ -112,15 +112,21 @@ def low_rank(parts: Parts, stem: str) -> LowRank:
         )
     check_finite_parts(own, stem)
     found = kind.low_rank(own)
-    if not (bool(found.up.isfinite().all()) and bool(found.down.isfinite().all())):
+    multiplied = found.up.dtype != own["up"].dtype if kind is LORA else True  # else they are the parts themselves
+    if multiplied and not (bool(found.up.isfinite().all()) and bool(found.down.isfinite().all())):
         raise damaged(stem, "the product of its parts is too large for float32", "smaller numbers")
     return found
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; 8-bit ones have no test of their own."""
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def check_finite_parts(parts: Parts, stem: str) -> None:
     """Raise StyleLoomError where a tensor holds NaN or infinity."""
     for part, value in parts.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.float().isfinite().all()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not is_finite(value):
             raise StyleLoomError(
                 f"{stem}: the LoRA holds NaN or infinity in {part}",
                 "finite numbers",

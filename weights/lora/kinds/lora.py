@@ -66,14 +66,19 @@ class LoRAKind(Kind):
         return tuple(parts["down" if parts.get("mid") is None else "mid"].shape[2:])
 
     def low_rank(self, parts: Parts) -> LowRank:
-        down, up, scale = wide(parts["down"]).flatten(1), wide(parts["up"]).flatten(1), self.scale(parts)
+        """Without a core in the file's own dtype and memory, with alpha/rank as the scale: a whole file in float32 would
+        be twice its size, and a merge widens one layer at a time."""
+        down, up, scale = parts["down"].flatten(1), parts["up"].flatten(1), self.scale(parts)
         if parts.get("mid") is not None:
-            down = torch.einsum("oj...,ji->oi...", wide(parts["mid"]), down).flatten(1)
-        return LowRank(down, up * scale if scale != 1.0 else up, self.kernel(parts))
+            down = torch.einsum("oj...,ji->oi...", wide(parts["mid"]), wide(down)).flatten(1)
+            return LowRank(down, wide(up) * scale, self.kernel(parts))
+        if down.dtype != up.dtype or not down.is_floating_point():
+            down, up = wide(down), wide(up)
+        return LowRank(down, up, self.kernel(parts), scale)
 
     def change(self, parts: Parts) -> torch.Tensor:
-        found = self.low_rank(parts)
-        return found.up @ found.down
+        down, up = self.low_rank(parts).factors()
+        return up @ down
 
     def row_form(self, parts: Parts, place: Place) -> Term | LowRank:
         weight_only(self, place)

@@ -1,4 +1,8 @@
-"""L = (1/n) Σ L_k over all n LoRAs of the merge, those that lack the layer counting as zero."""
+"""L = (1/n) Σ L_k over all n LoRAs of the merge: a LoRA that lacks the layer counts as zero.
+
+So the whole result, full differences, biases and norms too, is the plain sum over n. A LoRA of strength 0 is no part of
+the merge.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from ...lora.low_rank import LowRank
 from .common import Options
 
 
-def merge(changes: list[ThinSVD], options: Options) -> LowRank:
+def merge(changes: list[ThinSVD], options: Options) -> tuple[LowRank, float]:
     """Ranks side by side; nothing is approximated."""
-    return concatenate([change.low_rank() for change in changes], [1.0 / len(changes)] * len(changes))
+    count = options.count or len(changes)
+    return concatenate([change.low_rank() for change in changes], [1.0 / count] * len(changes)), 1.0

@@ -15,11 +15,13 @@ from ...lora.low_rank import LowRank
 class Options:
     """What a method may need to know.
 
-    rank: that a method which has to form the whole matrix may keep (others ignore it). density: share of entries that
+    count: LoRAs in the merge, with or without this layer; 0: as many as there are changes. rank: that a method which
+    has to form the whole matrix may keep (others ignore it). density: share of entries that
     TIES and DARE keep. mu: NP-LoRA's strength of projection. ridge: of the router, relative. seed and target: decide
     what is random.
     """
 
+    count: int = 0
     rank: int = 64
     density: float = 0.5
     mu: float = 0.5
@@ -43,8 +45,10 @@ def dense(change: ThinSVD) -> torch.Tensor:
     return (change.up * change.values) @ change.down
 
 
-def best_factors(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 3) -> LowRank:
-    """About the best approximation of a matrix of that rank: a randomised range finder with power iterations (Halko,
+def best_factors(
+    matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 3
+) -> tuple[LowRank, float]:
+    """About the best approximation of a matrix of that rank, and the share of ‖matrix‖² that it keeps: a randomised range finder with power iterations (Halko,
     Martinsson and Tropp, 2011), or the SVD itself where the rank is not small."""
     out, inner = matrix.shape
     wide = rank + 16
@@ -59,5 +63,6 @@ def best_factors(matrix: torch.Tensor, rank: int, generator: torch.Generator, ro
         u, s, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
         u = q @ u
     k = min(rank, int((s > 1e-6 * s[0]).sum())) if s.numel() and float(s[0]) > 0 else 0
-    root = s[:k].sqrt()
-    return LowRank(root[:, None] * vh[:k], u[:, :k] * root)
+    total = float(matrix.double().square().sum())
+    energy = min(1.0, float(s[:k].double().square().sum()) / total) if total > 0 else 1.0
+    return ThinSVD(vh[:k], s[:k], u[:, :k]).low_rank(), energy

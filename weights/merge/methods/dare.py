@@ -13,7 +13,7 @@ from ...lora.low_rank import LowRank
 from .common import Options, best_factors, dense
 
 
-def merge(changes: list[ThinSVD], options: Options) -> LowRank:
+def merge(changes: list[ThinSVD], options: Options) -> tuple[LowRank, float]:
     """Forms the whole matrices of one layer. Random by `options.seed`."""
     total = None
     for index, change in enumerate(changes):

@@ -7,6 +7,6 @@ from ...lora.low_rank import LowRank
 from .common import Options
 
 
-def merge(changes: list[ThinSVD], options: Options) -> LowRank:
+def merge(changes: list[ThinSVD], options: Options) -> tuple[LowRank, float]:
     """Ranks side by side; nothing is approximated."""
-    return concatenate([change.low_rank() for change in changes], [1.0] * len(changes))
+    return concatenate([change.low_rank() for change in changes], [1.0] * len(changes)), 1.0

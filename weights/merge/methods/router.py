@@ -37,9 +37,9 @@ def route(
     return torch.linalg.solve(total + floor * torch.eye(len(total), dtype=total.dtype), own.T).T
 
 
-def merge(changes: list[ThinSVD], options: Options) -> LowRank:
+def merge(changes: list[ThinSVD], options: Options) -> tuple[LowRank, float]:
     """Rank Σ rank_k; the change itself is not formed."""
     down, up = stacked(changes)
     grams = [(down @ change.down.T) @ (change.down @ down.T) for change in changes]
     matrix = route(grams, [change.values.numel() for change in changes], options.ridge)
-    return LowRank(down, up @ matrix.to(up.dtype))
+    return LowRank(down, up @ matrix.to(up.dtype)), 1.0

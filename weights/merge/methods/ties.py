@@ -1,7 +1,9 @@
 """TIES (Yadav et al., 2023, arXiv 2306.01708) on the changes of the weights, not on the factors.
 
 Trim each change to its largest entries, elect a sign for each entry by the sum, average the entries of that sign.
-The result has full rank and is cut to `options.rank`.
+The published method trims a whole model at once; here each layer is trimmed alone, so a LoRA keeps the same share of
+every layer. The strengths are in the changes already, so they have a say in the election. The result has full rank and
+is cut to `options.rank`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def combined(matrices: list[torch.Tensor]) -> torch.Tensor:
     return total / count.clamp_min(1)
 
 
-def merge(changes: list[ThinSVD], options: Options) -> LowRank:
+def merge(changes: list[ThinSVD], options: Options) -> tuple[LowRank, float]:
     """Forms the whole matrices of one layer."""
     matrix = combined([trimmed(dense(change), options.density) for change in changes])
     return best_factors(matrix, options.rank, options.generator("ties"))

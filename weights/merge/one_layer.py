@@ -1,0 +1,94 @@
+"""One layer of a content and a style LoRA: read its factors, and write the merged ones with their report."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+import torch
+
+from ..lora.algebra import ThinSVD, cut, frobenius_norm, thin_svd
+from ..lora.low_rank import LowRank
+from ..lora.reading import CanonicalLoRA
+from .gauge import Gauge, content_and_style
+from .measure import own_input
+from .result import LayerReport, MergedLayers
+from .ziprank import Masks, Moments, build, gains, own_loss, squared_sizes
+
+DROP = 1e-4  # directions below this share of a layer's largest are noise of training: their inputs prove nothing
+SHARED_START = 0.8  # mean squared cosine above which the LoRAs must have started from the same random `down`
+
+
+def changes_of(
+    target: Hashable, loras: tuple[CanonicalLoRA, CanonicalLoRA], strengths: tuple[float, float]
+) -> list[ThinSVD | None]:
+    """Content's and style's change of a layer, strengths included; None where there is none, or it is zero (untrained, or
+    strength 0)."""
+    found: list[ThinSVD | None] = []
+    for lora, strength in zip(loras, strengths):
+        adapter = lora.adapters.get(target)
+        svd = None if adapter is None or strength == 0 else thin_svd(*adapter.factors(strength), DROP)
+        found.append(svd if svd is not None and svd.values.numel() else None)
+    return found
+
+
+def merged_layer(gauge: Gauge, m: Moments, masks: Masks, max_rank: int = 0) -> tuple[LowRank, LayerReport]:
+    """The merged change of a layer that both LoRAs have, and its figures.
+
+    Args:
+        m, masks: of this layer alone.
+        max_rank: 0 keeps every direction that a mask leaves; else the best approximation of that rank.
+    """
+    made, energy = cut(build(gauge, masks), max_rank)
+    size, plain = (float(squared.clamp_min(0)) for squared in squared_sizes(m, masks))
+    kept, loss = tuple(float(gain) for gain in gains(m, masks)), float(own_loss(m, masks))
+    if energy < 1:
+        kept, loss = on_own_inputs(made, gauge)
+    ones = Masks(torch.ones_like(m.alpha), torch.ones_like(m.beta))
+    n = m.cosines.numel()
+    on_content, _, _, on_style = masks.responses(m.cosines)
+    report = LayerReport(
+        rank=made.rank,
+        kept=kept,
+        size=(size * energy) ** 0.5,
+        sum_size=plain**0.5,
+        energy=energy,
+        loss=loss,
+        loss_sum=float(own_loss(m, ones)),
+        effective=(
+            float(on_content.sum() + masks.content[n:].sum()),
+            float(on_style.sum() + masks.style[n:].sum()),
+        ),
+        overlap=float(m.cosines.square().mean()),
+        chance=min(1.0, max(m.alpha.numel(), m.beta.numel()) / gauge.down_c.shape[1]),
+    )
+    return made, report
+
+
+def on_own_inputs(merged: LowRank, gauge: Gauge) -> tuple[tuple[float, float], float]:
+    """((share of content, share of style) that is left, own-input loss) of any change of this layer."""
+    found = [own_input(merged, change) for change in content_and_style(gauge)]
+    return tuple(share for share, _ in found), sum(loss for _, loss in found) / 2
+
+
+def single_layer(adapter: LowRank, strength: float, index: int, max_rank: int = 0) -> tuple[LowRank, LayerReport]:
+    """A layer that only one LoRA has (0 content, 1 style), as it is in the file: nothing speaks against any part of
+    it."""
+    down, up = adapter.factors(strength)
+    pair, energy = cut(replace(adapter, down=down, up=up, scale=1.0), max_rank)
+    size = frobenius_norm(pair)
+    kept = (1.0, None) if index == 0 else (None, 1.0)
+    return pair, LayerReport(pair.rank, kept, size, size / energy**0.5, energy)
+
+
+def warn_of_shared_start(merged: MergedLayers) -> None:
+    """A warning where the two LoRAs were most likely trained from the same random `down`."""
+    overlaps = [report.overlap for report in merged.reports.values() if report.overlap is not None]
+    overlap = sum(overlaps) / len(overlaps) if overlaps else 0.0
+    if overlap > SHARED_START:
+        merged.warnings.append(
+            f"the two LoRAs read nearly the same inputs in every layer (mean squared cosine {overlap:.2f}): most likely "
+            "they were trained from the same random start (same seed and trainer), or one from the other. The files then "
+            "do not tell what belongs to which, and every mask goes towards one half. Use a lower separation, or the mode "
+            "calibrated or train."
+        )
