@@ -20,6 +20,10 @@ STRICTER = (
     "is not an object with the three fields",  # safetensors takes lists in the place of objects, and skips more fields
     "its dtype is not a text",  # safetensors takes {"F32": null} for "F32"
     "too many elements",  # safetensors takes (0, 2^63, 2^63)
+    # These where safetensors does not look, in a field that it skips:
+    "is not a whole number",
+    "half of a surrogate pair",
+    "nested too deep",
 )
 
 BITS = {"F32": 32, "BF16": 16, "F16": 16, "F64": 64, "I64": 64, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "C64": 64, "F4": 4}
