@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import linear, pad
@@ -23,9 +24,23 @@ from ..parallel import each_alone
 from ..tensor_file import TensorFile
 from .layouts import PredictorSpec, Target, targets
 
+Result = TypeVar("Result")
+
 ARITHMETICS = ("reference", "fp32")
 RESIDUAL_SCALE = 0.05
-_GROUP = 4  # rows of a product in bf16, see `_apply`
+
+
+def _rows_per_product() -> int:
+    """How many pictures one bf16 product takes, see `_apply`: 4 where the processor has bf16 instructions, else 1.
+
+    With the instructions (AVX-512 BF16, AMX) four rows cost what one costs. Without them four rows cost four times one
+    and the matrix-vector product is the fastest way for one.
+    """
+    # Private functions of torch, so they may go away: one row at a time is right everywhere, and then only slower.
+    return 4 if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else 1
+
+
+_GROUP = _rows_per_product()
 
 
 def _grouped(x: torch.Tensor) -> torch.Tensor:
@@ -36,14 +51,17 @@ def _grouped(x: torch.Tensor) -> torch.Tensor:
 def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     """x (rows, in) times a weight (out, in) that comes in pieces, in x's dtype, such that no row depends on another.
 
-    Published is one picture after another, and a product of another height may round differently. In bf16 rows go in
-    groups of exactly `_GROUP`, which costs what a single row costs and gives its bits; in fp32 they go one by one. A
-    piece is used for all pictures while it is in the processor's cache, and only a piece at a time is cast.
+    Published is one picture after another, and a product of another height may round differently. So every product
+    has the same height: `_GROUP` rows in bf16, one row in fp32. A piece is used for all pictures while it is in the
+    processor's cache, and only a piece at a time is cast.
     """
-    groups = x.split(_GROUP if x.dtype == torch.bfloat16 else 1)
+    height = _GROUP if x.dtype == torch.bfloat16 else 1
     out = []
     for piece in pieces:
-        out += [torch.cat([linear(group, piece) for group in groups]) if len(groups) > 1 else linear(x, piece)]
+        if height == 1:
+            out.append(torch.stack([torch.mv(piece, row) for row in x]))
+        else:
+            out.append(torch.cat([linear(group, piece) for group in x.split(height)]))
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
@@ -106,7 +124,8 @@ def _decode_block(
     x: torch.Tensor,
     count: int,
     hidden: torch.Tensor | None,
-) -> dict[str, list[Factors]]:
+    finish: Callable[[str, list[Factors]], Result],
+) -> dict[str, Result]:
     """All targets of one block; `x` holds `count` pictures, and rows that only fill up."""
     residual = _residual(file, block, hidden) if spec.residual is not None else None
     found = {}
@@ -120,11 +139,15 @@ def _decode_block(
             if residual is not None:
                 h = h + residual
             out = _apply(h, file.rows(f"{target.stored}.{factor}.proj_out.weight", x.dtype))
-            out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
-            factors.append(out.unflatten(1, shape))
+            factors.append(out[:count].unflatten(1, shape))
         _check_finite(file, target.stored, factors)
-        found[target.name] = [Factors(down, up) for down, up in zip(*factors)]
+        found[target.name] = finish(target.name, [Factors(down, up) for down, up in zip(*factors)])
     return found
+
+
+def _keep(name: str, pairs: list[Factors]) -> list[Factors]:
+    # Clones, as the pictures of a target lie in one tensor, with rows that only fill up.
+    return [Factors(pair.down.clone(), pair.up.clone()) for pair in pairs]
 
 
 def decode(
@@ -134,7 +157,8 @@ def decode(
     hidden: torch.Tensor | None = None,
     arithmetic: str = "reference",
     on_target: Callable[[], None] | None = None,
-) -> dict[str, list[Factors]]:
+    finish: Callable[[str, list[Factors]], Result] = _keep,
+) -> dict[str, Result]:
     """Predict one LoRA per picture.
 
     Args:
@@ -146,10 +170,12 @@ def decode(
         arithmetic: "reference" is bf16 with rounding between the two maps, one picture after another; "fp32" upcasts
             the weights and rounds nothing.
         on_target: called after each target; what it raises stops the decoding and leaves nothing behind.
+        finish: what to make of a target's name and its pairs, one per picture: down (rank, a_width), up (b_width,
+            rank), bf16 or fp32 after the arithmetic. Called in the thread that decoded them, while they are in its
+            cache; it must not keep the pairs themselves. By default the pairs are copied.
 
     Returns:
-        By target name, in the published order, one pair per picture: down (rank, a_width), up (b_width, rank), bf16
-        or fp32 after the arithmetic.
+        By target name, in the published order, what `finish` made.
 
     Raises:
         StyleLoomError: wrong shape of the references, residual missing, NaN in the file.
@@ -169,8 +195,8 @@ def decode(
     blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
-    found: dict[str, list[Factors]] = {}
-    with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden), blocks) as results:
+    found: dict[str, Result] = {}
+    with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden, finish), blocks) as results:
         for done in results:
             found |= done
             if on_target is not None:
