@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 
 from ..errors import StyleLoomError
 from ..lora.factors import Factors
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from ..tensor_file import TensorFile
 from .layouts import PredictorSpec, Target, targets
 
@@ -28,19 +28,7 @@ Result = TypeVar("Result")
 
 ARITHMETICS = ("reference", "fp32")
 RESIDUAL_SCALE = 0.05
-
-
-def _rows_per_product() -> int:
-    """How many pictures one bf16 product takes, see `_apply`: 4 where the processor has bf16 instructions, else 1.
-
-    With the instructions (AVX-512 BF16, AMX) four rows cost what one costs. Without them four rows cost four times one
-    and the matrix-vector product is the fastest way for one.
-    """
-    # Private functions of torch, so they may go away: one row at a time is right everywhere, and then only slower.
-    return 4 if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else 1
-
-
-_GROUP = _rows_per_product()
+_GROUP = 4  # rows of a product in bf16, see `_apply`
 
 
 def _grouped(x: torch.Tensor) -> torch.Tensor:
@@ -52,16 +40,14 @@ def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     """x (rows, in) times a weight (out, in) that comes in pieces, in x's dtype, such that no row depends on another.
 
     Published is one picture after another, and a product of another height may round differently. So every product
-    has the same height: `_GROUP` rows in bf16, one row in fp32. A piece is used for all pictures while it is in the
-    processor's cache, and only a piece at a time is cast.
+    has the same height: `_GROUP` rows in bf16, which cost what one row costs on a processor with bf16 instructions, and
+    one row in fp32. A piece is used for all pictures while it is in the processor's cache, and only a piece at a time
+    is cast.
     """
-    height = _GROUP if x.dtype == torch.bfloat16 else 1
+    groups = x.split(_GROUP if x.dtype == torch.bfloat16 else 1)
     out = []
     for piece in pieces:
-        if height == 1:
-            out.append(torch.stack([torch.mv(piece, row) for row in x]))
-        else:
-            out.append(torch.cat([linear(group, piece) for group in x.split(height)]))
+        out += [torch.cat([linear(group, piece) for group in groups]) if len(groups) > 1 else linear(x, piece)]
     return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
 
@@ -196,7 +182,7 @@ def decode(
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
     found: dict[str, Result] = {}
-    with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden, finish), blocks) as results:
+    with map_single_threaded(lambda item: _decode_block(file, spec, *item, x, count, hidden, finish), blocks) as results:
         for done in results:
             found |= done
             if on_target is not None:

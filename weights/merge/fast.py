@@ -11,7 +11,7 @@ from ..lora.adapters import LowRank
 from ..lora.algebra import thin_svd, truncate
 from ..lora.factors import Factors
 from ..lora.reading import CanonicalLoRA
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from .gauge import Gauge, principal_gauge
 from .layers import LayerReport, MergedLayers, all_targets
 from .priors import Prior
@@ -75,7 +75,7 @@ def prepare(
 
     result = Prepared([], [], None, [], {}, [0, 0])
     each: list[Moments] = []
-    with each_alone(one, targets, at_once=8) as done:
+    with map_single_threaded(one, targets, at_once=8) as done:
         for target, (found, gauge, m) in zip(targets, done):
             on_step()
             kernel = next(lora.adapters[target].kernel for lora in loras if target in lora.adapters)
@@ -126,7 +126,7 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
         made = build(prepared.gauges[index], prepared.layer_masks(masks, index))
         return truncate(made, max_rank) if max_rank else made
 
-    with each_alone(one, range(len(prepared.targets)), at_once=8) as done:
+    with map_single_threaded(one, range(len(prepared.targets)), at_once=8) as done:
         for target, kernel, made in zip(prepared.targets, prepared.kernels, done):
             result.adapters[target] = LowRank(made.down, made.up, kernel)
     if masks is not None:

@@ -9,7 +9,7 @@ from ..errors import StyleLoomError
 from ..lora.adapters import LowRank
 from ..lora.algebra import thin_svd
 from ..lora.reading import CanonicalLoRA
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from .layers import LayerReport, MergedLayers, all_targets
 from .measure import cut, own_input
 from .methods import METHODS, Options
@@ -45,7 +45,7 @@ def merge_many(
     def one(target: Hashable):
         return _merge_one(target, loras, strengths, method, options, max_rank, energy)
 
-    with each_alone(one, targets, at_once=1 if method in ("TIES", "DARE") else 8) as done:
+    with map_single_threaded(one, targets, at_once=1 if method in ("TIES", "DARE") else 8) as done:
         for target, (adapter, report) in zip(targets, done):
             on_step()
             if adapter is not None:
