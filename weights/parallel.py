@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def each_alone(
+def map_single_threaded(
     function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 1
 ) -> Iterator[Iterator[Result]]:
     """`map(function, items)` on as many threads as torch would use, each of which computes without helpers.

@@ -1,55 +1,34 @@
-"""Safetensors files, read with suspicion and in pieces.
+"""Tensors of a safetensors file, read piece by piece, and such files written.
 
-`read_header` looks at the first bytes only and checks everything that they promise against the file itself, so
-that a truncated download or a header that lies is told apart from a file of the wrong kind. `TensorFile` then reads
-tensors, also far larger ones than there is memory for.
-
-Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header, raw data).
+`TensorFile` reads tensors whose header `read_header` has checked, also far larger ones than there is memory for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
 import torch
 
-from .errors import StyleLoomError
+from .strict_json import shorten
+from .tensor_header import Header, TensorInfo, broken, header_mentions, read_header, unreadable
 
-# The format's own limit on its header.
-MAX_HEADER_BYTES = 100_000_000
+__all__ = [
+    "FLOAT_DTYPES",
+    "Header",
+    "TensorFile",
+    "TensorInfo",
+    "fingerprint",
+    "header_mentions",
+    "read_header",
+    "write_tensor_file",
+]
 
-_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
 _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
@@ -60,152 +39,11 @@ _DTYPES = {
 }
 FLOAT_DTYPES = frozenset(_DTYPES)
 
+
 # How much of every tensor the fingerprint reads.
 _FINGERPRINT_BYTES = 4096
 # Small enough for the processor's cache, large enough that the calls for a piece do not count.
 _PIECE_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One entry of a header; `start` and `end` are byte offsets in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of a safetensors file say, checked against its size."""
-
-    path: Path
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: info.shape for key, info in self.tensors.items()}
-
-
-def _broken(path: Path, what: str, fix: str = "Download or export the file again.") -> StyleLoomError:
-    return StyleLoomError(f"{path.name}: {what}", "a whole safetensors file", fix)
-
-
-def _not_safetensors(path: Path, start: bytes) -> StyleLoomError:
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        return _broken(
-            path,
-            "this is a pickled PyTorch file (.bin, .pt, .ckpt), whatever its name says",
-            "Use the publisher's .safetensors file.",
-        )
-    if start[:7] == b"version":
-        return _broken(
-            path,
-            "this is a Git LFS pointer, not the file itself",
-            "Download the file itself (with git-lfs, or from the download button of its page).",
-        )
-    if start.lstrip()[:1] == b"<":
-        return _broken(
-            path,
-            "this is a web page, not a model file",
-            "The download was answered with a page (a login or an error): download it again.",
-        )
-    return _broken(path, "the first bytes are not those of a safetensors file")
-
-
-def read_header(path: str | os.PathLike) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Names, dtypes, shapes and byte ranges of all tensors, and the metadata.
-
-    Raises:
-        StyleLoomError: no such file, not safetensors, truncated, or a header whose shapes, dtypes and byte
-            ranges contradict one another or the size of the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise StyleLoomError(
-            f"{path.name}: no such file", "a safetensors file", "Check the name, and that the file was not moved."
-        )
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        start = f.read(16)
-        if len(start) < 8:
-            raise _broken(path, f"the file is only {size} bytes long")
-        (length,) = struct.unpack("<Q", start[:8])
-        if length > MAX_HEADER_BYTES or start[8:9] != b"{":
-            raise _not_safetensors(path, start)
-        if 8 + length > size:
-            raise _broken(path, f"truncated: its header needs {8 + length} bytes and the file has {size}")
-        f.seek(8)
-        raw = f.read(length)
-    try:
-        entries = json.loads(raw)
-    except ValueError as error:
-        raise _broken(path, f"the header is not valid JSON ({error})") from error
-
-    metadata = entries.pop("__metadata__", None) or {}
-    data_start, data_size = 8 + length, size - 8 - length
-    tensors = {key: _read_entry(path, key, entry, data_start) for key, entry in entries.items()}
-    at = data_start
-    for key, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != at:
-            raise _broken(
-                path,
-                f"the header puts {key!r} at byte {info.start - data_start} of the data, "
-                f"where {at - data_start} is due",
-            )
-        at = info.end
-    if at - data_start > data_size:
-        raise _broken(
-            path, f"truncated: the header promises {at - data_start} bytes of tensors and the file holds {data_size}"
-        )
-    if at - data_start < data_size:
-        raise _broken(path, f"{data_size - (at - data_start)} bytes follow the last tensor, unannounced")
-    return Header(path, tensors, metadata)
-
-
-def _read_entry(path: Path, key: str, entry, data_start: int) -> TensorInfo:
-    try:
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        start, end = entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"the header's entry for {key!r} is malformed") from error
-    if dtype not in _BITS:
-        raise StyleLoomError(
-            f"{path.name}: tensor {key!r} has the unknown dtype {dtype!r}",
-            f"one of {', '.join(_BITS)}",
-            "Export the file with a current safetensors.",
-        )
-    if not whole or math.prod(shape) * _BITS[dtype] != (end - start) * 8:
-        raise _broken(
-            path,
-            f"the header gives {key!r} the shape {list(shape)} in {dtype} and {end - start} bytes, "
-            "which do not fit each other",
-        )
-    return TensorInfo(dtype, shape, data_start + start, data_start + end)
-
-
-def header_mentions(path: str | os.PathLike, text: str) -> bool:
-    """Whether the header of a safetensors file has this text in it: a cheap look, for sorting a list of files.
-
-    False for whatever is no such file; `read_header` is what tells why.
-    """
-    with open(path, "rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-        return length <= MAX_HEADER_BYTES and text.encode() in f.read(length)
 
 
 def fingerprint(header: Header) -> str:
@@ -219,11 +57,14 @@ def fingerprint(header: Header) -> str:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    with open(header.path, "rb") as f:
-        for key, info in sorted(header.tensors.items()):
-            digest.update(f"{key}:{info.dtype}:{info.shape}".encode())
-            f.seek(info.start)
-            digest.update(f.read(min(_FINGERPRINT_BYTES, info.end - info.start)))
+    try:
+        with open(header.path, "rb") as f:
+            for key, info in sorted(header.tensors.items()):
+                digest.update(f"{key}:{info.dtype}:{info.shape}".encode())
+                f.seek(info.start)
+                digest.update(f.read(min(_FINGERPRINT_BYTES, info.end - info.start)))
+    except OSError as error:
+        raise unreadable(header.path, error) from error
     return digest.hexdigest()
 
 
@@ -251,9 +92,21 @@ class TensorFile:
         while self._handles:
             self._handles.pop().close()
 
+    def _info(self, key: str) -> TensorInfo:
+        info = self.header.tensors.get(key)
+        if info is None or info.dtype not in _DTYPES:
+            state = "is missing" if info is None else f"is stored as {info.dtype}"
+            raise broken(
+                self.header.path, f"the tensor {shorten(key)} {state}", f"a tensor in one of {', '.join(_DTYPES)}"
+            )
+        return info
+
     def _place(self) -> threading.local:
         if not hasattr(self._local, "file"):
-            self._local.file = open(self.header.path, "rb", buffering=0)
+            try:
+                self._local.file = open(self.header.path, "rb", buffering=0)
+            except OSError as error:
+                raise unreadable(self.header.path, error) from error
             self._handles.append(self._local.file)
             self._local.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
             self._local.view = memoryview(self._local.buffer.numpy())
@@ -261,19 +114,30 @@ class TensorFile:
 
     def _fill(self, file: BinaryIO, view: memoryview) -> None:
         while view:
-            count = file.readinto(view)
+            try:
+                count = file.readinto(view)
+            except OSError as error:
+                raise unreadable(self.header.path, error) from error
             if not count:
-                raise _broken(self.header.path, "the file ended while it was read; it was whole when it was opened")
+                raise broken(self.header.path, "the file ended while it was read; it was whole when it was opened")
             view = view[count:]
 
     def rows(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A matrix in pieces of whole rows, about 4 MB of the file each, in order.
 
         Yields:
-            (some rows, columns) in `dtype`; each is overwritten when the next one is asked for.
+            (some rows, columns) in `dtype`; each is overwritten when the next one is asked for. Nothing where the
+            matrix is empty.
+
+        Raises:
+            StyleLoomError: no such tensor, no matrix, not of a float dtype, or the file cannot be read any more.
         """
-        info = self.header.tensors[key]
+        info = self._info(key)
+        if len(info.shape) != 2:
+            raise broken(self.header.path, f"the tensor {shorten(key)} is {list(info.shape)}", "a matrix")
         count, columns = info.shape
+        if not count or not columns:
+            return
         row_bytes = (info.end - info.start) // count
         place = self._place()
         place.file.seek(info.start)
@@ -296,8 +160,12 @@ class TensorFile:
         return buffer[: piece.numel()].view(piece.shape).copy_(piece)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """A whole tensor of a float dtype, in memory of its own."""
-        info = self.header.tensors[key]
+        """A whole tensor in its own dtype and in memory of its own.
+
+        Raises:
+            StyleLoomError: no such tensor, not of a float dtype, or the file cannot be read any more.
+        """
+        info = self._info(key)
         data = torch.empty(info.end - info.start, dtype=torch.uint8)
         place = self._place()
         place.file.seek(info.start)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from styleloom.weights.errors import StyleLoomError
-from styleloom.weights.i2l.fusion import check_bias, fuse, parse_weights
+from styleloom.weights.i2l.fusion import check_bias, fuse_target, parse_weights
 from styleloom.weights.lora.algebra import concatenate, frobenius_norm, truncate
 from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.lora.lora_model import LoRAModel, split_pairs, to_lora_model
@@ -68,12 +68,12 @@ def test_fusion_is_the_weighted_sum_of_changes(count, predictors, seed, strength
     raw = [w + (0.1 if i == 0 else 0) for i, w in enumerate(raw[:count])]
     weights = [w / sum(raw) for w in raw]
     decoded = [
-        {"t": [_pair(6, 5, 2, seed + 10 * p + n, torch.float32) for n in range(count)]} for p in range(predictors)
+        [_pair(6, 5, 2, seed + 10 * p + n, torch.float32) for n in range(count)] for p in range(predictors)
     ]
-    bias = {"t": _pair(6, 5, 3, seed + 99, torch.float32)} if with_bias else None
-    fused = fuse(decoded, weights, strength, extra=bias)["t"]
-    expected = sum(w * _delta(d["t"][n]) for d in decoded for n, w in enumerate(weights))
-    expected = strength * (expected + (_delta(bias["t"]) if with_bias else 0))
+    bias = _pair(6, 5, 3, seed + 99, torch.float32) if with_bias else None
+    fused = fuse_target(decoded, weights, strength, extra=bias)
+    expected = sum(w * _delta(d[n]) for d in decoded for n, w in enumerate(weights))
+    expected = strength * (expected + (_delta(bias) if with_bias else 0))
     torch.testing.assert_close(_delta(fused), expected, rtol=1e-5, atol=1e-5)
     assert fused.rank == 2 * predictors * sum(w > 0 for w in weights) + 3 * with_bias
 
@@ -81,21 +81,21 @@ def test_fusion_is_the_weighted_sum_of_changes(count, predictors, seed, strength
 def test_published_merge_in_bf16_to_the_bit():
     """A is concatenated and multiplied by 1/N in bf16 with one rounding, B is left alone."""
     pairs = [_pair(7, 5, 4, n, torch.bfloat16) for n in range(3)]
-    fused = fuse([{"t": pairs}], [1 / 3] * 3)["t"]
+    fused = fuse_target([pairs], [1 / 3] * 3)
     assert torch.equal(fused.down, torch.cat([p.down for p in pairs]) * (1 / 3))
     assert torch.equal(fused.up, torch.cat([p.up for p in pairs], dim=1))
 
 
 def test_strength_scales_the_change_once():
-    pairs = {"t": [_pair(7, 5, 4, 0)]}
-    one, two = (fuse([pairs], [1.0], strength=s)["t"] for s in (1.0, 2.0))
+    pairs = [_pair(7, 5, 4, 0)]
+    one, two = (fuse_target([pairs], [1.0], strength=s) for s in (1.0, 2.0))
     torch.testing.assert_close(_delta(two), 2 * _delta(one))
 
 
 @pytest.mark.parametrize("max_rank", [1, 3, 8, 64])
 def test_rank_cap_of_a_fusion(max_rank):
-    decoded = [{"t": [_pair(30, 40, 4, n, torch.float32) for n in range(5)]}]
-    exact, capped = (fuse(decoded, [0.2] * 5, max_rank=r)["t"] for r in (0, max_rank))
+    decoded = [[_pair(30, 40, 4, n, torch.float32) for n in range(5)]]
+    exact, capped = (fuse_target(decoded, [0.2] * 5, max_rank=r) for r in (0, max_rank))
     u, s, v = torch.linalg.svd(_delta(exact))
     k = min(max_rank, 20)
     torch.testing.assert_close(_delta(capped), u[:, :k] * s[:k] @ v[:k], rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from styleloom.weights.parallel import each_alone
+from styleloom.weights.parallel import map_single_threaded
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_results_come_in_order(at_once):
         time.sleep(0.02 if i == 0 else 0)
         return i * i, torch.get_num_threads()
 
-    with each_alone(slow_first, range(20), at_once) as results:
+    with map_single_threaded(slow_first, range(20), at_once) as results:
         assert list(results) == [(i * i, 1) for i in range(20)]
 
 
@@ -39,7 +39,7 @@ def test_an_error_inside_stops_the_rest():
         time.sleep(0.005)
         done.append(i)
 
-    with pytest.raises(KeyError, match="third"), each_alone(fails, range(500)) as results:
+    with pytest.raises(KeyError, match="third"), map_single_threaded(fails, range(500)) as results:
         list(results)
     assert len(done) < 500
 
@@ -55,7 +55,7 @@ def test_leaving_early_waits_for_what_runs_and_cancels_the_rest():
     class Stop(Exception):
         pass
 
-    with pytest.raises(Stop), each_alone(work, range(500)) as results:
+    with pytest.raises(Stop), map_single_threaded(work, range(500)) as results:
         next(results)
         raise Stop
     count = len(done)
@@ -70,7 +70,7 @@ def test_one_and_many_threads_give_the_same_bits():
 
     def run(threads):
         torch.set_num_threads(threads)
-        with each_alone(lambda w: torch.nn.functional.linear(x, w), weights) as results:
+        with map_single_threaded(lambda w: torch.nn.functional.linear(x, w), weights) as results:
             found = torch.stack(list(results))
         torch.set_num_threads(2)
         return found

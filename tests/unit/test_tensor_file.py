@@ -8,7 +8,8 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from header_cases import check, files
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -74,18 +75,110 @@ def test_other_kinds_of_file_are_named(tmp_path, content, words):
             "truncated: the header promises 8 bytes of tensors and the file holds 4",
         ),
         ({"x": _entry(shape=(3,))}, b"\0" * 8, "'x' the shape \\[3\\] in F32 and 8 bytes, which do not fit"),
-        ({"x": _entry(shape=(-2,))}, b"\0" * 8, "do not fit"),
+        ({"x": _entry(shape=(-2,))}, b"\0" * 8, r"'x'.*sizes, but \[-2\]"),
+        ({"x": _entry(offsets=(-8, 0))}, b"\0" * 8, r"'x'.*data_offsets is \[-8, 0\]"),
         ({"x": _entry(), "y": _entry()}, b"\0" * 8, "puts 'y' at byte 0 of the data, where 8 is due"),
         ({"x": _entry(offsets=(4, 12))}, b"\0" * 12, "puts 'x' at byte 4 of the data, where 0 is due"),
         ({"x": _entry()}, b"\0" * 12, "4 bytes follow the last tensor"),
         ({"x": _entry(dtype="Q4")}, b"\0" * 8, "unknown dtype 'Q4'"),
-        ({"x": {"dtype": "F32"}}, b"", "entry for 'x' is malformed"),
+        ({"x": {"dtype": "F32"}}, b"", "'x' is not an object with the three fields of one, but an object of 'dtype'"),
         (b"{nonsense}", b"", "not valid JSON"),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, data, words):
     with pytest.raises(StyleLoomError, match=words):
         read_header(_raw(tmp_path / "m.safetensors", header, data))
+
+
+# No such case may be part of a test's name: they are too long to print.
+_DEEP = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+_TWICE = json.dumps({"x": _entry()}).encode()[:-1] + b"," + json.dumps({"x": _entry()}).encode()[1:]
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({"x": {**_entry(), "dtype": ["F32"]}}, b"\0" * 8, "'x'.*its dtype is not a text, but a list"),
+        ({"x": {**_entry(), "dtype": {}}}, b"\0" * 8, "'x'.*its dtype is not a text, but an object"),
+        ({"x": {**_entry(), "dtype": None}}, b"\0" * 8, "'x'.*its dtype is not a text, but null"),
+        ({"x": {**_entry(), "data_offsets": "ab"}}, b"\0" * 8, "'x'.*data_offsets"),
+        ({"x": {**_entry(), "data_offsets": [0, "8"]}}, b"\0" * 8, "'x'.*data_offsets"),
+        ({"x": {**_entry(), "data_offsets": [0, 4, 8]}}, b"\0" * 8, "'x'.*data_offsets"),
+        ({"x": {**_entry(), "data_offsets": [8, 0]}}, b"\0" * 8, "'x'.*data_offsets"),
+        ({"x": {**_entry(), "data_offsets": {"0": 0, "8": 8}}}, b"\0" * 8, "'x'.*data_offsets"),
+        ({"x": {**_entry(), "shape": "2"}}, b"\0" * 8, "'x'.*shape"),
+        ({"x": {**_entry(), "shape": {"2": 1}}}, b"\0" * 8, "'x'.*shape"),
+        ({"x": {**_entry(), "shape": [True, 2]}}, b"\0" * 8, "'x'.*shape"),
+        ({"x": {**_entry(), "shape": [[2]]}}, b"\0" * 8, "'x'.*shape"),
+        ({"x": {**_entry(), "shape": [2.0]}}, b"\0" * 8, "2.0"),
+        ({"x": {**_entry(), "more": 1}}, b"\0" * 8, "'x'.*is not an object with the three fields"),
+        ({"x": ["F32", [2], [0, 8]]}, b"\0" * 8, "'x'.*is not an object with the three fields"),
+        ({"x": None}, b"", "'x'.*is not an object with the three fields"),
+        ({"x": _entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}, b"", "'x'.*too many elements"),
+        ({"x": _entry(shape=(2**64 - 1,) * 9, offsets=(0, 8))}, b"\0" * 8, "'x'.*too many elements"),
+        (b'{"x":{"dtype":"F32","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,8]}}', b"\0" * 8, "number"),
+        ({"__metadata__": [["a", "b"]]}, b"", "__metadata__.*is a list"),
+        ({"__metadata__": "pt"}, b"", "__metadata__.*is a text"),
+        ({"__metadata__": {"format": 1}}, b"", "__metadata__.*'format'.*is a number"),
+        ({"__metadata__": {"format": {}}}, b"", "__metadata__.*'format'.*is an object"),
+        (_TWICE, b"\0" * 8, "'x' twice"),
+        (b'{"__metadata__":{},"__metadata__":{}}', b"", "'__metadata__' twice"),
+        (_DEEP, b"", "nested too deep"),
+        (_DEEP[:60_000], b"", "nested too deep"),
+        (b'{"x":NaN}', b"", "NaN"),
+        (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "surrogate"),
+        (b'{"\xff":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "not valid JSON"),
+        (json.dumps({"x": _entry()}).encode("utf-16-le"), b"\0" * 8, "not valid JSON"),
+        ({"x" * 10**6: None}, b"", "three fields"),
+    ],
+    ids=lambda value: value.replace(".*", " ") if isinstance(value, str) else "",
+)
+def test_only_our_error_comes_out_of_a_broken_header(tmp_path, header, data, words):
+    with pytest.raises(StyleLoomError, match=words) as error:
+        read_header(_raw(tmp_path / "m.safetensors", header, data))
+    assert error.value.found.startswith("m.safetensors: ") and len(str(error.value)) < 1000
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=files)
+def test_no_header_gets_past_that_safetensors_refuses(tmp_path_factory, content):
+    check(tmp_path_factory.getbasetemp() / "fuzz.safetensors", content)
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(StyleLoomError, match="is a folder"):
+        read_header(tmp_path)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(2, 2)}, str(path))
+    header = read_header(path)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StyleLoomError, match="m.safetensors.*Permission denied"):
+        read_header(path)
+    with pytest.raises(StyleLoomError, match="m.safetensors.*Permission denied"):
+        fingerprint(header)
+    with TensorFile(header) as file, pytest.raises(StyleLoomError, match="m.safetensors.*Permission denied"):
+        file["a"]
+
+
+def test_tensors_that_cannot_be_given_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"int": torch.ones(2, 2, dtype=torch.int64), "vector": torch.ones(3), "none": torch.ones(0, 4)}, str(path))
+    with TensorFile(read_header(path)) as file:
+        for read in (file.__getitem__, lambda key: list(file.rows(key, torch.float32))):
+            with pytest.raises(StyleLoomError, match="m.safetensors: .*'int'.*I64"):
+                read("int")
+            with pytest.raises(StyleLoomError, match="m.safetensors: .*'other'"):
+                read("other")
+        with pytest.raises(StyleLoomError, match="m.safetensors: .*'vector'"):
+            list(file.rows("vector", torch.float32))
+        assert list(file.rows("none", torch.float32)) == []
 
 
 def test_a_truncated_download_is_refused_at_every_length(tmp_path):

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import linear, pad
 
 from ..errors import StyleLoomError
 from ..lora.low_rank import LowRank
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from ..tensor_file import TensorFile
 from .layouts import PredictorSpec, Target, targets
+
+Result = TypeVar("Result")
 
 ARITHMETICS = ("reference", "fp32")
 RESIDUAL_SCALE = 0.05
@@ -36,9 +39,10 @@ def _grouped(x: torch.Tensor) -> torch.Tensor:
 def _apply(x: torch.Tensor, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
     """x (rows, in) times a weight (out, in) that comes in pieces, in x's dtype, such that no row depends on another.
 
-    Published is one picture after another, and a product of another height may round differently. In bf16 rows go in
-    groups of exactly `_GROUP`, which costs what a single row costs and gives its bits; in fp32 they go one by one. A
-    piece is used for all pictures while it is in the processor's cache, and only a piece at a time is cast.
+    Published is one picture after another, and a product of another height may round differently. So every product
+    has the same height: `_GROUP` rows in bf16, which cost what one row costs on a processor with bf16 instructions, and
+    one row in fp32. A piece is used for all pictures while it is in the processor's cache, and only a piece at a time
+    is cast.
     """
     groups = x.split(_GROUP if x.dtype == torch.bfloat16 else 1)
     out = []
@@ -106,7 +110,8 @@ def _decode_block(
     x: torch.Tensor,
     count: int,
     hidden: torch.Tensor | None,
-) -> dict[str, list[LowRank]]:
+    finish: Callable[[str, list[LowRank]], Result],
+) -> dict[str, Result]:
     """All targets of one block; `x` holds `count` pictures, and rows that only fill up."""
     residual = _residual(file, block, hidden) if spec.residual is not None else None
     found = {}
@@ -120,11 +125,15 @@ def _decode_block(
             if residual is not None:
                 h = h + residual
             out = _apply(h, file.rows(f"{target.stored}.{factor}.proj_out.weight", x.dtype))
-            out = out if len(out) == count else out[:count].clone()  # lets go of the rows that only filled up
-            factors.append(out.unflatten(1, shape))
+            factors.append(out[:count].unflatten(1, shape))
         _check_finite(file, target.stored, factors)
-        found[target.name] = [LowRank(down, up) for down, up in zip(*factors)]
+        found[target.name] = finish(target.name, [LowRank(down, up) for down, up in zip(*factors)])
     return found
+
+
+def _keep(name: str, pairs: list[LowRank]) -> list[LowRank]:
+    # Clones, as the pictures of a target lie in one tensor, with rows that only fill up.
+    return [LowRank(pair.down.clone(), pair.up.clone()) for pair in pairs]
 
 
 def decode(
@@ -134,7 +143,8 @@ def decode(
     hidden: torch.Tensor | None = None,
     arithmetic: str = "reference",
     on_target: Callable[[], None] | None = None,
-) -> dict[str, list[LowRank]]:
+    finish: Callable[[str, list[LowRank]], Result] = _keep,
+) -> dict[str, Result]:
     """Predict one LoRA per picture.
 
     Args:
@@ -146,10 +156,12 @@ def decode(
         arithmetic: "reference" is bf16 with rounding between the two maps, one picture after another; "fp32" upcasts
             the weights and rounds nothing.
         on_target: called after each target; what it raises stops the decoding and leaves nothing behind.
+        finish: what to make of a target's name and its pairs, one per picture: down (rank, a_width), up (b_width,
+            rank), bf16 or fp32 after the arithmetic. Called in the thread that decoded them, while they are in its
+            cache; it must not keep the pairs themselves. By default the pairs are copied.
 
     Returns:
-        By target name, in the published order, one pair per picture: down (rank, a_width), up (b_width, rank), bf16
-        or fp32 after the arithmetic.
+        By target name, in the published order, what `finish` made.
 
     Raises:
         StyleLoomError: wrong shape of the references, residual missing, NaN in the file.
@@ -169,8 +181,8 @@ def decode(
     blocks = [(block, list(group)) for block, group in groupby(everything, key=lambda t: t.block)]
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
-    found: dict[str, list[LowRank]] = {}
-    with each_alone(lambda item: _decode_block(file, spec, *item, x, count, hidden), blocks) as results:
+    found: dict[str, Result] = {}
+    with map_single_threaded(lambda item: _decode_block(file, spec, *item, x, count, hidden, finish), blocks) as results:
         for done in results:
             found |= done
             if on_target is not None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from ..errors import StyleLoomError
 from ..lora.algebra import concatenate, truncate
 from ..lora.low_rank import LowRank
-from ..parallel import each_alone
 
 
 def parse_weights(text: str, count: int) -> list[float]:
@@ -46,52 +45,41 @@ def parse_weights(text: str, count: int) -> list[float]:
     return [w / total for w in weights]
 
 
-def fuse(
-    decoded: Sequence[dict[str, list[LowRank]]],
+def fuse_target(
+    predicted: Sequence[Sequence[LowRank]],
     weights: Sequence[float],
     strength: float = 1.0,
     max_rank: int = 0,
-    extra: dict[str, LowRank] | None = None,
-    on_target: Callable[[], None] | None = None,
-) -> dict[str, LowRank]:
-    """Concatenate along the rank: ΔW = strength · (Σ_predictors Σ_i w_i ΔW_i + ΔW_extra).
+    extra: LowRank | None = None,
+) -> LowRank:
+    """One target of the fused LoRA: ΔW = strength · (Σ_predictors Σ_i w_i ΔW_i + ΔW_extra), by concatenating ranks.
 
     With equal weights w_i = 1/N this is the published merge (`merge_lora` of DiffSynth-Studio): the mean over pictures,
     the sum over Coarse and Fine. The scale goes to `down` once, so that strength scales ΔW and not its square.
 
     Args:
-        decoded: one result of `decode` per predictor, all of one family.
+        predicted: per predictor, one pair per picture: down (rank, in), up (out, rank), of one float dtype.
         weights: one per picture, summing to 1. Pictures of weight 0 take no rank.
         strength: scales ΔW.
         max_rank: 0 keeps the exact concatenation; else the best approximation of at most this rank.
-        extra: a static LoRA that belongs to it (the bias), scaled by strength alone.
-        on_target: called after each target.
+        extra: the same target of a static LoRA that belongs to it (the bias), scaled by strength alone.
 
     Returns:
-        LowRank by target, of rank (number of predictors) · (pictures of weight > 0) · rank [+ that of extra].
+        LowRank of rank (number of predictors) · (pictures of weight > 0) · rank [+ that of extra], in memory of their
+        own.
     """
-
-    def fuse_target(name: str) -> LowRank:
-        pairs, scales = [], []
-        for per_picture in decoded:
-            for pair, weight in zip(per_picture[name], weights, strict=True):
-                if weight:
-                    pairs.append(pair)
-                    scales.append(strength * weight)
-        if extra is not None:
-            dtype = pairs[0].down.dtype
-            pairs.append(LowRank(extra[name].down.to(dtype), extra[name].up.to(dtype)))
-            scales.append(strength)
-        pair = concatenate(pairs, scales)
-        return truncate(pair, max_rank) if max_rank else pair
-
-    fused = {}
-    with each_alone(fuse_target, decoded[0], at_once=24) as results:
-        for name, pair in zip(decoded[0], results, strict=True):
-            fused[name] = pair
-            if on_target is not None:
-                on_target()
-    return fused
+    pairs, scales = [], []
+    for pictures in predicted:
+        for pair, weight in zip(pictures, weights, strict=True):
+            if weight:
+                pairs.append(pair)
+                scales.append(strength * weight)
+    if extra is not None:
+        dtype = pairs[0].down.dtype
+        pairs.append(LowRank(extra.down.to(dtype), extra.up.to(dtype)))
+        scales.append(strength)
+    pair = concatenate(pairs, scales)
+    return truncate(pair, max_rank) if max_rank else pair
 
 
 def check_bias(

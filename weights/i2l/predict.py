@@ -10,12 +10,11 @@ import torch
 
 from ..errors import StyleLoomError
 from ..lora.algebra import frobenius_norm
-from ..lora.low_rank import LowRank
 from ..lora.lora_model import split_pairs
-from ..parallel import each_alone
+from ..lora.low_rank import LowRank
 from ..tensor_file import Header, TensorFile, fingerprint, read_header
 from .decode import decode
-from .fusion import check_bias, fuse, parse_weights
+from .fusion import check_bias, fuse_target, parse_weights
 from .header import Recognised, recognise_predictor
 from .layouts import targets
 from .references import References
@@ -58,8 +57,8 @@ def open_predictor(path: str | os.PathLike, name: str = "") -> Predictor:
 
 
 def step_count(predictor: Predictor, fine: Predictor | None = None) -> int:
-    """How often `on_step` will be called: once a target and predictor, and once a target for fusing."""
-    return sum(1 for _ in targets(predictor.spec.family)) * (3 if fine is not None else 2)
+    """How often `on_step` will be called: once for each target of each predictor."""
+    return sum(1 for _ in targets(predictor.spec.family)) * (2 if fine is not None else 1)
 
 
 def _check_pair(predictor: Predictor, fine: Predictor) -> None:
@@ -121,12 +120,23 @@ def predict_lora(
     used = [predictor] + ([fine] if fine is not None else [])
     weights = parse_weights(image_weights, len(references))
     extra = None if bias is None else _read_bias(bias, predictor)
-    decoded = []
+
+    earlier: list[dict[str, list[LowRank]]] = []
+
+    def fuse_and_measure(name: str, pairs: list[LowRank]) -> tuple[LowRank, float]:
+        predicted = [*(found[name] for found in earlier), pairs]
+        pair = fuse_target(predicted, weights, strength, max_rank, None if extra is None else extra[name])
+        return pair, frobenius_norm(pair)
+
     for each in used:
-        hidden = references.residual(each.kind)
         with TensorFile(each.header) as file:
-            decoded.append(decode(file, each.spec, references.embeddings, hidden, arithmetic, on_step))
-    factors = fuse(decoded, weights, strength, max_rank, extra, on_step)
+            work = (file, each.spec, references.embeddings, references.residual(each.kind), arithmetic, on_step)
+            if each is not used[-1]:
+                earlier.append(decode(*work))
+            else:
+                fused = decode(*work, finish=fuse_and_measure)
+    factors = {name: pair for name, (pair, _) in fused.items()}
+    norms = {name: norm for name, (_, norm) in fused.items()}
 
     known = [f"{each.name}: {each.recognised.warning}" for each in used if each.recognised.warning]
     warnings = []
@@ -154,12 +164,10 @@ def predict_lora(
         "rank": max(pair.rank for pair in factors.values()),
         "max_rank": max_rank,
     }
-    return Prediction(factors, recipe, _report(recipe, factors, known + warnings), warnings)
+    return Prediction(factors, recipe, _report(recipe, factors, norms, known + warnings), warnings)
 
 
-def _report(recipe: dict, factors: dict[str, LowRank], warnings: list[str]) -> str:
-    with each_alone(frobenius_norm, factors.values(), at_once=24) as results:
-        norms = dict(zip(factors, results, strict=True))
+def _report(recipe: dict, factors: dict[str, LowRank], norms: dict[str, float], warnings: list[str]) -> str:
     largest = sorted(norms, key=norms.get, reverse=True)[:3]
     total = sum(norm * norm for norm in norms.values()) ** 0.5
     size = sum(t.numel() * t.element_size() for pair in factors.values() for t in (pair.down, pair.up))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .. import strict_json
 from ..errors import StyleLoomError
 from ..tensor_file import TensorFile, read_header, write_tensor_file
 from .kinds import describe
@@ -65,7 +66,7 @@ def load_references(path: str | os.PathLike) -> References:
     """Read references.
 
     Raises:
-        StyleLoomError: not a references file, wrong shapes, NaN.
+        StyleLoomError: not a references file, wrong shapes or dtypes, NaN, or metadata that is malformed.
     """
     header = read_header(path)
     where = header.name
@@ -95,19 +96,38 @@ def load_references(path: str | os.PathLike) -> References:
     with TensorFile(header) as file:
         for key in header.tensors:
             value = file[key].to(torch.bfloat16, copy=True)
-            if key != "embeddings" and (value.ndim != 3 or value.shape[0] != count):
+            if key != "embeddings" and (value.ndim != 3 or value.shape[0] != count or 0 in value.shape):
                 raise refuse(f"{key!r} is {list(value.shape)} for {count} pictures")
             if not bool(value.isfinite().all()):
                 raise refuse(f"{key!r} holds NaN or infinity")
             tensors[key] = value
-    try:
-        images = tuple(json.loads(header.metadata.get(f"{FORMAT}.images", "null")) or ("unknown",) * count)
-        encoders = json.loads(header.metadata.get(f"{FORMAT}.encoders", "{}"))
-    except ValueError as error:
-        raise refuse(f"its metadata is not JSON ({error})") from error
-    if len(images) != count or not isinstance(encoders, dict):
+    images = _read_json(header.metadata, "images", refuse)
+    encoders = _read_json(header.metadata, "encoders", refuse)
+    images = ["unknown"] * count if images is None else images
+    encoders = {} if encoders is None else encoders
+    for name, value, wanted in (("images", images, list), ("encoders", encoders, dict)):
+        if not isinstance(value, wanted):
+            raise refuse(f"its metadata {FORMAT}.{name} is {strict_json.kind(value)}, not {strict_json.kind(wanted())}")
+        for inner in value.values() if wanted is dict else value:
+            if not isinstance(inner, str):
+                raise refuse(f"in its metadata {FORMAT}.{name}, a value is {strict_json.kind(inner)}, not a text")
+    if len(images) != count:
         raise refuse(f"metadata of {len(images)} pictures for {count} embeddings")
-    return References(**tensors, images=images, encoders=encoders)
+    return References(**tensors, images=tuple(images), encoders=encoders)
+
+
+def _read_json(metadata: dict[str, str], name: str, refuse: Callable[[str], StyleLoomError]) -> object:
+    """A part of the metadata, None where it is absent."""
+    key = f"{FORMAT}.{name}"
+    if key not in metadata:
+        return None
+    try:
+        value = strict_json.parse(metadata[key])
+    except ValueError as error:
+        raise refuse(f"its metadata {key} is not valid JSON ({error})") from error
+    if value is None:
+        raise refuse(f"its metadata {key} is null")
+    return value
 
 
 def stack_references(parts: Sequence[References]) -> References:

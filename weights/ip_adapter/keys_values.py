@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import StyleLoomError
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from ..row_adapters.rows import NEGATIVE, POSITIVE
 from ..unet.architecture import Layer
 from .formats import BASE, Adapter
@@ -127,7 +127,7 @@ def project(
     done = {}
     # On the CPU the time goes into reading the matrices, which threads with one each do best; a GPU has its own order.
     on_cpu = all(t.device.type == "cpu" for t in tokens.values())
-    with each_alone(one, chosen) if on_cpu else nullcontext(map(one, chosen)) as results:
+    with map_single_threaded(one, chosen) if on_cpu else nullcontext(map(one, chosen)) as results:
         for layer, result in zip(chosen, results):
             done[layer] = result
             on_layer()

@@ -10,7 +10,7 @@ import torch
 
 from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
 from .gauge import principal_gauge
 from .one_layer import changes_of, merged_layer, single_layer, warn_of_shared_start
@@ -64,7 +64,7 @@ def merge_fast(
 
     result, empty = MergedLayers(), [0, 0]
     targets = all_targets(loras)
-    with each_alone(one, targets, at_once=8) as done:
+    with map_single_threaded(one, targets, at_once=8) as done:
         for target, (made, report, nothing) in zip(targets, done):
             on_step()
             empty = [count + change for count, change in zip(empty, nothing)]

@@ -11,7 +11,7 @@ from ..errors import StyleLoomError
 from ..lora.algebra import ThinSVD, cut, frobenius_norm, thin_svd
 from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
 from .measure import own_input, sum_size
 from .methods import AVERAGE, METHODS, Options
@@ -68,7 +68,7 @@ def merge_many(
         down, up = (made.down, made.up) if dtype is None else (made.down.to(dtype), made.up.to(dtype))
         return replace(made, down=down, up=up, kernel=common_kernel(target, found)), report
 
-    with each_alone(one, targets, at_once=1 if method in ("TIES", "DARE") else 8) as done:
+    with map_single_threaded(one, targets, at_once=1 if method in ("TIES", "DARE") else 8) as done:
         for target, found in zip(targets, done):
             on_step()
             if found is not None:

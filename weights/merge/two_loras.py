@@ -10,7 +10,7 @@ import torch
 
 from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
-from ..parallel import each_alone
+from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
 from .fast import empty_lines
 from .gauge import Gauge, principal_gauge
@@ -68,7 +68,7 @@ def prepare(
     result = Prepared([], [], None, [], {}, prior, [])
     each: list[Moments] = []
     empty = [0, 0]
-    with each_alone(one, targets, at_once=8) as done:
+    with map_single_threaded(one, targets, at_once=8) as done:
         for target, (found, gauge, m) in zip(targets, done):
             on_step()
             kernel = common_kernel(target, [lora.adapters.get(target) for lora in loras])
@@ -116,7 +116,7 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
         gauge = prepared.gauges[index]
         return merged_layer(gauge, moments(gauge), prepared.layer_masks(masks, index), max_rank)
 
-    with each_alone(one, range(len(prepared.targets)), at_once=8) as done:
+    with map_single_threaded(one, range(len(prepared.targets)), at_once=8) as done:
         for target, kernel, (made, report) in zip(prepared.targets, prepared.kernels, done):
             result.adapters[target], result.reports[target] = replace(made, kernel=kernel), report
     for target, (index, adapter) in prepared.one_sided.items():
