@@ -95,7 +95,7 @@ class Frontend:
             const box = app.canvas.canvas.getBoundingClientRect(); return [box.left, box.top] }""",
                                        [int(node_id), scale])
         for _ in range(10):  # a click before the next frame is drawn still meets what was there
-            self.page.wait_for_timeout(500)  # two in less than 300 ms would be a double click
+            self.page.wait_for_timeout(350)  # two in less than 300 ms would be a double click
             self.page.mouse.click(left + 300 + 60 * scale, top + 250 - 15 * scale)
             if self.page.evaluate("id => app.canvas.selectedItems.has(app.graph.getNodeById(id))", int(node_id)):
                 return
