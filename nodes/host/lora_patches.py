@@ -192,8 +192,8 @@ def _left_out(adapter) -> str:
 
 
 def _check_parts(lora: Mapping[str, torch.Tensor], key_map: Mapping, label: str) -> None:
-    """Raise StyleLoomError where the host's loader would stop without a word of use (a missing half, an alpha of several
-    numbers), or would keep one of several patches for one weight."""
+    """Raise StyleLoomError where the host's loader would stop with an error of its own (a missing half, an alpha of
+    several numbers), or would keep one of several patches for one weight."""
     names, _ = group_keys(lora)
     broken, makers = [], {}
     for stem, keys in names.items():

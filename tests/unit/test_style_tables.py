@@ -145,8 +145,8 @@ def test_damaged_values_are_named():
 
 
 def test_the_table_of_sdxl_has_every_weight():
-    """Counts of the published checkpoint: 17 residual blocks (two convolutions, an embedding, two norms and a named skip
-    each), 11 transformers with 70 layers, two steps down, two up, and the ends."""
+    """Counts of the published checkpoint: 17 residual blocks (two convolutions, an embedding, two norms, a named skip),
+    11 transformers with 70 layers, two steps down, two up, and the ends."""
     assert len(SDXL.weights) == 17 * 6 + 11 * 3 + 70 * 13 + 2 + 2 + 3 + 4
     assert [name for name, layer in SDXL.weights.items() if layer.kernel == (3, 3) and ".0.op" in name] == [
         "input_blocks.3.0.op", "input_blocks.6.0.op"]  # fmt: skip
@@ -169,5 +169,5 @@ def test_a_transformer_is_known_by_every_name(architecture):
             assert transformer_of(f"{name}.proj_in") == (block, 0)
         assert architecture.has(block, depth - 1) and not architecture.has(block, depth)
         assert architecture.weights[f"{own}.norm"].diffusers == f"{diffusers}.norm"
-    for other in ("input_blocks.8.0.in_layers.2", "down_blocks.2.resnets.1.conv1", "text_model.encoder.layers.0.mlp.fc1"):
+    for other in ("input_blocks.8.0.in_layers.2", "down_blocks.2.resnets.1.conv1", "text_model.encoder.layers.0.mlp"):
         assert transformer_of(other) is None
