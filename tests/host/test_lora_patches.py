@@ -86,6 +86,15 @@ def test_a_half_is_named(apply):
     refused(apply, "it has up and lacks down of a LoRA", "z-image", {f"{W1}.lora_up.weight": torch.ones(256, 2)})
 
 
+def test_a_bias_that_the_host_does_not_read_is_named(apply, model):
+    """PEFT's `lora_B.bias`: the host takes the pair and passes over it."""
+    stem = "diffusion_model.cap_embedder.1"
+    shape = shape_of(model("z-image"), f"{stem}.weight")
+    lora = {f"{stem}.lora_A.weight": torch.ones(2, shape[1]), f"{stem}.lora_B.weight": torch.ones(shape[0], 2)}
+    lora[f"{stem}.lora_B.bias"] = torch.ones(shape[0])
+    refused(apply, "1 patches of the LoRA are incomplete or of an unknown kind: diffusion_model.cap", "z-image", lora)
+
+
 def test_a_member_of_an_adapter_that_a_newer_host_adds(apply, model, host, monkeypatch):
     shape = shape_of(model("z-image"), f"{W1}.weight")
     lora = {f"{W1}.lokr_w1": torch.ones(2, 2), f"{W1}.lokr_w2": torch.ones(shape[0] // 2, shape[1] // 2)}
