@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ...weights.errors import StyleLoomError
-from ...weights.lora.keys import group_keys, tensors_of
+from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.lora.names import is_text_key
 from ...weights.row_adapters.layers import layer_of
@@ -30,7 +30,8 @@ def _stem(key: str, key_map: Mapping) -> str | None:
 
 def _patched(key: str, target):
     """What the host patches for a LoRA key: the weight of the key map, or the bias beside it."""
-    if key.endswith((".diff_b", ".b_norm")) and isinstance(target, str):
+    found = key_part(key)
+    if found is not None and found[1] in BIAS_CHANGE.endings and isinstance(target, str):
         return target.removesuffix(".weight") + ".bias"
     return target
 
@@ -192,8 +193,8 @@ def _left_out(adapter) -> str:
 
 
 def _check_parts(lora: Mapping[str, torch.Tensor], key_map: Mapping, label: str) -> None:
-    """Raise StyleLoomError where the host's loader would stop without a word of use (a missing half, an alpha of several
-    numbers), or would keep one of several patches for one weight."""
+    """Raise StyleLoomError where the host's loader would stop with an error of its own (a missing half, an alpha of
+    several numbers), or would keep one of several patches for one weight."""
     names, _ = group_keys(lora)
     broken, makers = [], {}
     for stem, keys in names.items():

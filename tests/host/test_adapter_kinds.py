@@ -54,7 +54,7 @@ def made(kit):
 def merged(host, monkeypatch):
     """(LoRA, weight, strength) → the weight after the host's merge."""
     kron = torch.kron
-    # torch.kron stops at the layout in which the host multiplies out a Tucker form; its arithmetic is what is asked for.
+    # torch.kron stops at the layout in which the host multiplies out a Tucker form; the arithmetic is what counts.
     monkeypatch.setattr(torch, "kron", lambda a, b: kron(a.contiguous(), b.contiguous()))
 
     def merge(lora, weight, strength=1.0):
@@ -152,7 +152,9 @@ def test_the_shape_of_the_change(kind, name, host, made):
 @pytest.mark.parametrize(
     ("kind", "name"), [("lokr_tucker", "conv 3x3"), ("lokr_tucker", "conv 1x1"), ("boft", "linear")]
 )
-def test_what_the_hosts_merge_would_stop_at_is_given_to_it_in_another_form(kind, name, host, made, merged, monkeypatch, caplog):
+def test_what_would_stop_the_hosts_merge_is_given_to_it_in_another_form(
+    kind, name, host, made, merged, monkeypatch, caplog
+):
     """torch.kron as it is for a Tucker LoKr, and a BOFT without alpha: the host logs an error and goes on without."""
     layer, lora = made(kind, name, alpha=None if kind == "boft" else 2.0)
     due = merged(lora | ({f"{STEM}.alpha": torch.tensor(0.0)} if kind == "boft" else {}), layer.weight)
@@ -160,7 +162,8 @@ def test_what_the_hosts_merge_would_stop_at_is_given_to_it_in_another_form(kind,
     patch = patch_of(host, lora)
     ((row, own),) = kinds_of(from_host(patch), "x")
     ours = to_host(patch, row.for_host(own))
-    found = host.comfy.lora.calculate_weight([(1.0, ours, 1.0, None, None)], layer.weight.clone(), "w", layer.weight.dtype)
+    patches, weight = [(1.0, ours, 1.0, None, None)], layer.weight.clone()
+    found = host.comfy.lora.calculate_weight(patches, weight, "w", layer.weight.dtype)
     close(found, due, kind)
     assert "ERROR" not in caplog.text
 

@@ -6,20 +6,9 @@ import pytest
 import torch
 
 SIZES = {"sd1.5": (4, 8, 8), "z-image": (16, 8, 8), "flux2": (128, 4, 4)}
-ONE_PASS = (
-    "lora",
-    "tucker",
-    "loha",
-    "loha_tucker",
-    "lokr",
-    "lokr_factored",
-    "lokr_tucker",
-    "oft",
-    "boft",
-    "glora",
-    "diff",
-)
-HOOKED = ("dora", "set")
+# All kinds where there are convolutions too; on the transformers those whose arithmetic differs.
+KINDS = ("lora", "loha", "lokr_factored", "oft", "glora", "diff")
+ONE_PASS = {"sd1.5": (*KINDS, "tucker", "loha_tucker", "lokr", "lokr_tucker", "boft"), "z-image": KINDS, "flux2": KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -88,43 +77,37 @@ def compare(run_node, kit, parts, sample):
     return run
 
 
-# All kinds where there are convolutions too; on the transformers those whose arithmetic differs.
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("sd1.5", kind) for kind in ONE_PASS]
-    + [
-        (name, kind)
-        for name in ("z-image", "flux2")
-        for kind in ("lora", "loha", "lokr_factored", "oft", "glora", "diff")
-    ],
-)
-def test_a_kind_in_one_pass(kind, name, compare, kit, parts):
-    lora = kit.adapters.make(parts(name)[0], kind, seed=1, size=0.2)
-    error, moved, report = compare(name, lora)
+@pytest.fixture(scope="module")
+def mixed(kit, parts):
+    """A LoRA with another kind on each layer, in turn: (of the layers with `contains`, kinds) → LORA_MODEL. What each
+    kind does to one layer, test_adapter_kinds.py compares; here they meet in a model."""
+
+    def make(name, kinds, contains="", seed=1):
+        model, lora = parts(name)[0], {}
+        places = {id(module): i for i, module in enumerate(kit.adapters.modules_of(model, contains).values())}
+        for number, kind in enumerate(kinds):
+            mine = lambda module, number=number: places[id(module)] % len(kinds) == number  # noqa: E731
+            lora |= kit.adapters.make(model, kind, contains=contains, seed=seed, size=0.2, only=mine)
+        return lora
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "strength"), [("sd1.5", 1.0), ("sd1.5", -0.6), ("z-image", 1.0), ("flux2", 1.0)])
+def test_every_kind_in_one_pass(name, strength, compare, mixed):
+    """Whatever the host's merge makes of a strength, for OFT its square, ours makes too."""
+    error, moved, report = compare(name, mixed(name, ONE_PASS[name]), strength)
     assert moved > 0.01
     assert error < 1e-4, report
     assert "weight hooks" not in report
 
 
-@pytest.mark.parametrize("kind", ONE_PASS)
-def test_a_kind_at_another_strength(kind, compare, kit, parts):
-    """Whatever the host's merge makes of a strength, for OFT its square, ours makes too."""
-    lora = kit.adapters.make(parts("sd1.5")[0], kind, contains="output_blocks", seed=2, size=0.2)
-    error, moved, _ = compare("sd1.5", lora, strength=-0.6)
-    assert moved > 0.003
-    assert error < 1e-4
-
-
-@pytest.mark.parametrize("kind", HOOKED)
 @pytest.mark.parametrize("name", ("sd1.5", "flux2"))
-def test_a_kind_that_needs_the_weight_goes_through_the_hosts_hooks(kind, name, compare, kit, parts):
-    lora = kit.adapters.make(
-        parts(name)[0], kind, contains="blocks" if name != "z-image" else "layers", seed=1, size=0.2
-    )
-    error, moved, report = compare(name, lora)
+def test_kinds_that_need_the_weight_go_through_the_hosts_hooks(name, compare, mixed):
+    error, moved, report = compare(name, mixed(name, ("dora", "set"), contains="blocks"))
     assert moved > 0.01
     assert error < 1e-4, report
-    assert "weight hooks" in report
+    assert "weight hooks" in report and "DoRA" in report and "replaces the weight" in report
 
 
 def test_the_first_glora_form(compare, kit, parts):

@@ -116,6 +116,9 @@ def test_a_sum_is_what_the_host_applies(name, kind, host, run_node, models):
                                  method="sum", model=model)
     found = applied(host, model, merged)
     assert set(found) == set(due), report
+    # A convolution is written as one, whatever the file had it as: (rank, in, kernel).
+    kernels = {len(t.shape) for key, t in merged.items() if key.endswith((".lora_down.weight", ".lora_A.weight"))}
+    assert kernels == ({4} if kind == "tucker" else {2, 4} if name.startswith("sd") else {2})
     for key, value in due.items():
         assert (found[key] - value).norm() <= 1e-4 * value.norm(), key
     _, _, said = run_node("StyleLoomApplyLoRA", model=model, lora=merged, strength=1.0)

@@ -1,5 +1,5 @@
-"""What everything that handles LoRAs says of the same keys and parts: reading, Block Filter, the file check, the pairs of
-a bias LoRA, writing. All of them ask the table of kinds."""
+"""What everything that handles LoRAs says of the same keys and parts: reading, Block Filter, the file check, the pairs
+of a bias LoRA, writing. All of them ask the table of kinds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_what_cannot_be_merged_is_a_lora_and_named(case):
 
 @pytest.mark.parametrize(("parts", "words"), [
     ({"lora_A.weight": (2, 6), "lora_B.weight": (5, 2), "alpha": (2,)}, r"alpha is \[2\]"),
-    ({"lora_A.weight": (2, 6), "lora_B.weight": (5, 2), "lokr_w1": (1, 2), "lokr_w2": (5, 3)}, "parts of a LoRA and of a LoKr"),
+    ({"lora_A.weight": (2, 6), "lora_B.weight": (5, 2), "lokr_w1": (1, 2), "lokr_w2": (5, 3)},
+     "parts of a LoRA and of a LoKr"),
     ({"lora_B.weight": (5, 2)}, "lacks down of a LoRA"),
     ({"dora_scale": (5, 1)}, "its magnitude .* stands alone"),
     ({"rescale": (5, 1)}, "lacks the oft_blocks"),
@@ -105,7 +106,8 @@ def test_what_is_damaged_is_said(parts, words):
 def test_an_alpha_is_written_as_it_is(dtype, tmp_path):
     """bf16 has 8 bits: of the ranks above 256 it holds every second one."""
     rank = 257 if dtype == torch.bfloat16 else 2049
-    lora = {f"{LAYER}.lora_down.weight": torch.ones(rank, 2, dtype=dtype), f"{LAYER}.lora_up.weight": torch.ones(2, rank, dtype=dtype)}
+    down, up = torch.ones(rank, 2, dtype=dtype), torch.ones(2, rank, dtype=dtype)
+    lora = {f"{LAYER}.lora_down.weight": down, f"{LAYER}.lora_up.weight": up}
     found = read_lora(lora, "x")
     written = write_lora(found.adapters, {}, [found], "sdxl", None, {})
     assert float(written[f"{LAYER}.alpha"]) == rank and written[f"{LAYER}.lora_up.weight"].dtype == dtype
@@ -136,8 +138,12 @@ def test_a_convolution_keeps_its_kernel(kind, model):
     down, up = written[f"{CONV}.lora_down.weight"], written[f"{CONV}.lora_up.weight"]
     assert down.shape == (adapter.rank, 6, 3, 3) and up.shape == (4, adapter.rank, 1, 1)
     t = list(lora.values())
-    due = {"LoHa": lambda: (t[0] @ t[1]) * (t[2] @ t[3]), "LoKr": lambda: torch.kron(t[0], t[1] @ t[2]), "LoRA": lambda: t[1] @ t[0]}
-    assert torch.allclose(torch.einsum("or,ri...->oi...", up[..., 0, 0], down), due[kind]().reshape(4, 6, 3, 3), atol=1e-9)
+    due = {
+        "LoHa": lambda: (t[0] @ t[1]) * (t[2] @ t[3]),
+        "LoKr": lambda: torch.kron(t[0], t[1] @ t[2]),
+        "LoRA": lambda: t[1] @ t[0],
+    }[kind]().reshape(4, 6, 3, 3)
+    assert torch.allclose(torch.einsum("or,ri...->oi...", up[..., 0, 0], down), due, atol=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "words"), [
@@ -167,8 +173,9 @@ def test_a_target_with_swapped_rows():
     key = "diffusion_model.final_layer.adaLN_modulation.1"
     target = (f"{key}.weight", None, swap)
     names = {"transformer.norm_out.linear": target, "lycoris_norm_out_linear": target, key: target[0]}
-    lora = {"transformer.norm_out.linear.lora_A.weight": random(0, 2, 6), "transformer.norm_out.linear.lora_B.weight": random(1, 4, 2),
-            "transformer.norm_out.linear.diff_b": random(2, 4)}  # fmt: skip
+    stem = "transformer.norm_out.linear"
+    lora = {f"{stem}.lora_A.weight": random(0, 2, 6), f"{stem}.lora_B.weight": random(1, 4, 2)}
+    lora[f"{stem}.diff_b"] = random(2, 4)
     found = read_lora(lora, "x", names, {target[0]: (4, 6)}.get)
     assert list(found.adapters) == [target] and found.adapters[target].weight_shape == (4, 6)
     assert found.unknown == ["transformer.norm_out.linear.diff_b"] and not found.other  # the host drops it
@@ -179,8 +186,8 @@ def test_a_target_with_swapped_rows():
 
 
 def test_a_layer_that_a_control_lora_makes_wider_is_not_merged():
-    lora = {"diffusion_model.img_in.lora_A.weight": torch.ones(2, 8), "diffusion_model.img_in.lora_B.weight": torch.ones(5, 2),
-            "diffusion_model.img_in.reshape_weight": torch.tensor([5, 8])}  # fmt: skip
+    parts = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(5, 2), "reshape_weight": torch.tensor([5, 8])}
+    lora = {f"diffusion_model.img_in.{part}": tensor for part, tensor in parts.items()}
     key = "diffusion_model.img_in.weight"
     names = {"diffusion_model.img_in": key}
     with pytest.raises(StyleLoomError, match=r"img_in enlarges .* from \[5, 4\] to \[5, 8\], as control LoRAs do"):
@@ -208,7 +215,8 @@ def test_what_else_meets_under_one_name():
     assert torch.allclose(write({(target, "diff_b"): one, (target, "b_norm"): two})[f"{LAYER}.diff_b"], one + two)
     assert set(write({(target, "b_norm"): one})) == {f"{LAYER}.diff_b"}  # alone the host does not read it
     assert set(write({(target, "w_norm"): one, (target, "b_norm"): two})) == {f"{LAYER}.w_norm", f"{LAYER}.b_norm"}
-    for other in ({(target, "set_weight"): random(4, 4, 6), (target, "diff"): random(5, 4, 6)}, {(target, "set_weight"): one}):
+    put = {(target, "set_weight"): random(4, 4, 6)}
+    for other in (put, put | {(target, "diff"): random(5, 4, 6)}):
         with pytest.raises(StyleLoomError, match="is replaced by one LoRA"):
             write(other, found.adapters.items())
     with pytest.raises(StyleLoomError, match="changes of .* have the shapes"):

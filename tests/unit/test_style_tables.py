@@ -9,7 +9,7 @@ import torch
 
 from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.unet import presets
-from styleloom.weights.unet.architecture import SD15, SDXL
+from styleloom.weights.unet.architecture import SD15, SDXL, checkpoint_name, transformer_of
 from styleloom.weights.unet.presets import choose, parse_custom
 from styleloom.weights.ip_adapter.formats import recognise
 from styleloom.weights.ip_adapter.keys_values import fuse, project
@@ -140,3 +140,35 @@ def test_damaged_values_are_named():
         image_tokens(a, torch.zeros(1, 6))
     with pytest.raises(StyleLoomError, match=r"image_embeds is \[1, 7\]"):
         image_tokens(a, torch.zeros(1, 7))
+
+
+# --- the one table of UNet blocks
+
+
+def test_the_table_of_sdxl_has_every_weight():
+    """Counts of the published checkpoint: 17 residual blocks (two convolutions, an embedding, two norms, a named skip),
+    11 transformers with 70 layers, two steps down, two up, and the ends."""
+    assert len(SDXL.weights) == 17 * 6 + 11 * 3 + 70 * 13 + 2 + 2 + 3 + 4
+    assert [name for name, layer in SDXL.weights.items() if layer.kernel == (3, 3) and ".0.op" in name] == [
+        "input_blocks.3.0.op", "input_blocks.6.0.op"]  # fmt: skip
+    assert SDXL.weights["output_blocks.5.2.conv"] == ("up_blocks.1.upsamplers.0.conv", (3, 3))
+    assert SDXL.weights["input_blocks.8.1.proj_in"] == ("down_blocks.2.attentions.1.proj_in", ())
+    assert SD15.weights["input_blocks.8.1.proj_in"] == ("down_blocks.2.attentions.1.proj_in", (1, 1))
+    assert SD15.weights["output_blocks.2.1.conv"] == ("up_blocks.0.upsamplers.0.conv", (3, 3))
+    assert SD15.weights["output_blocks.8.2.conv"].diffusers == "up_blocks.2.upsamplers.0.conv"
+    assert "label_emb.0.0" not in SD15.weights and "input_blocks.12.0.op" not in SD15.weights
+
+
+@pytest.mark.parametrize("architecture", [SDXL, SD15], ids=lambda a: a.name)
+def test_a_transformer_is_known_by_every_name(architecture):
+    for block, depth, diffusers in architecture.blocks:
+        own = f"{checkpoint_name(block)}.1"
+        for name in (own, diffusers):
+            leaf = f"{name}.transformer_blocks.{depth - 1}.attn2.to_k"
+            for stem in (leaf, f"unet.{leaf}", "lora_unet_" + leaf.replace(".", "_"), f"diffusion_model.{leaf}"):
+                assert transformer_of(stem) == (block, depth - 1)
+            assert transformer_of(f"{name}.proj_in") == (block, 0)
+        assert architecture.has(block, depth - 1) and not architecture.has(block, depth)
+        assert architecture.weights[f"{own}.norm"].diffusers == f"{diffusers}.norm"
+    for other in ("input_blocks.8.0.in_layers.2", "down_blocks.2.resnets.1.conv1", "text_model.encoder.layers.0.mlp"):
+        assert transformer_of(other) is None

@@ -162,8 +162,8 @@ def _refuse_enlarging(parts, where: str, target, shape: tuple[int | None, ...] |
 
 
 def with_kernel(adapter: LowRank, shape: tuple[int | None, ...] | None, where: str, target) -> LowRank:
-    """The change with the kernel of the weight that it is for. The file may have a convolution as matrices, and a linear
-    layer as a convolution over one pixel.
+    """The change with the kernel of the weight that it is for. The file may have a convolution as matrices, and a
+    linear layer as a convolution over one pixel.
 
     Args:
         shape: of the weight, as far as it is known; None: the change comes back as it is.

@@ -1,4 +1,5 @@
-"""Names of layers for when no model is given: SDXL's UNet and its two CLIP text encoders, as every trainer spells them."""
+"""Names of layers for when no model is given: SDXL's UNet and its two CLIP text encoders, in every trainer's
+spelling."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def write_lora(
 def _one_change_a_weight(
     adapters: Mapping[Hashable, LowRank], other: Mapping[tuple[Hashable, str], torch.Tensor]
 ) -> tuple[dict[Hashable, LowRank], dict[tuple[Hashable, str], torch.Tensor]]:
-    """The same changes with at most one tensor or pair for each weight and each bias: of several under one name the host
-    keeps the last and drops the others without a word. They are added up, low-rank changes multiplied out.
+    """The same changes with at most one tensor or pair for each weight and each bias: of several under one name the
+    host keeps the last and drops the others without a word. They are added up, low-rank changes multiplied out.
 
     Raises:
         StyleLoomError: a change of a weight that another LoRA replaces; changes of one weight with two sizes.

@@ -44,7 +44,8 @@ CUSTOM = "custom"
 OPTIONS = (*PRESETS, CUSTOM)
 
 # diffusers' names of the blocks, for custom priors.
-_OTHER_NAMES = {diffusers: checkpoint_name(block) for block, _, diffusers in SDXL.blocks} | {"mid_block": "middle_block"}
+_OTHER_NAMES = {diffusers: checkpoint_name(block) for block, _, diffusers in SDXL.blocks}
+_OTHER_NAMES["mid_block"] = "middle_block"
 
 
 def _table(rows: dict[str, tuple[float, float]]) -> Prior:

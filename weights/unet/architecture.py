@@ -113,8 +113,8 @@ class Architecture:
 
     @property
     def file_numbers(self) -> dict[Layer, int]:
-        """Cross-attention → the number before `.to_k_ip.weight` in an IP-Adapter file. Its order is down, up, middle, as
-        diffusers lists attention processors, with the self-attentions counted in between: the n-th has `2n + 1`."""
+        """Cross-attention → the number before `.to_k_ip.weight` in an IP-Adapter file. Its order is down, up, middle,
+        as diffusers lists attention processors, with the self-attentions counted in between: the n-th has `2n + 1`."""
         middle = [layer for layer in self.layers if layer[0] == "middle"]
         order = [layer for layer in self.layers if layer[0] != "middle"] + middle
         return {layer: 2 * n + 1 for n, layer in enumerate(order)}

@@ -1,5 +1,5 @@
-"""The table of the kinds of adapters that a LoRA file may hold. Whatever reads, checks, filters, merges, applies or writes
-a LoRA asks it; a new kind is a new file and a row here.
+"""The table of the kinds of adapters that a LoRA file may hold. Whatever reads, checks, filters, merges, applies or
+writes a LoRA asks it; a new kind is a new file and a row here.
 
 | kind | change of the weight | merged | strength in the file | rows of a batch |
 |---|---|---|---|---|
@@ -49,7 +49,8 @@ def kinds_of(parts: Parts, stem: str) -> list[tuple[Kind, dict[str, Any]]]:
     """
     found = [DORA] if DORA.claims(parts) else [kind for kind in KINDS if kind.on_weight and kind.claims(parts)]
     if len(found) > 1:
-        raise damaged(stem, f"it has parts of a {' and of a '.join(kind.name for kind in found)}", "one adapter a layer")
+        names = " and of a ".join(kind.name for kind in found)
+        raise damaged(stem, f"it has parts of a {names}", "one adapter for each layer")
     found += [kind for kind in KINDS if not kind.on_weight and kind.claims(parts)]
     made = [(kind, kind.own(parts)) for kind in found]
     for kind, own in made:
@@ -130,7 +131,8 @@ def check_finite_parts(parts: Parts, stem: str) -> None:
             raise StyleLoomError(
                 f"{stem}: the LoRA holds NaN or infinity in {part}",
                 "finite numbers",
-                "The training of this LoRA diverged, or the file is damaged: use an earlier save, or download it again.",
+                "The training of this LoRA diverged, or the file is damaged: use an earlier save, or download it "
+                "again.",
             )
 
 

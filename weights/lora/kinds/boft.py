@@ -1,8 +1,8 @@
 """BOFT: the rows of the weight are turned in several stages of blocks, each over other rows (a butterfly).
 
-Stage i turns blocks of rows that lie 2ⁱ·size/2 apart, with the rotation 1 + s (Rᵢ − 1); after all stages each row has a
-factor `rescale`. ΔW = s · (product of the stages − 1) W, so the strength s acts twice, as in the host's merge. Alpha is a
-bound on ‖Q‖, see `oft.cayley`; a file without one has no bound.
+Stage i turns blocks of rows that lie 2ⁱ·size/2 apart, with the rotation 1 + s (Rᵢ − 1); after all stages each row has
+a factor `rescale`. ΔW = s · (product of the stages − 1) W, so the strength s acts twice, as in the host's merge. Alpha
+is a bound on ‖Q‖, see `oft.cayley`; a file without one has no bound.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Changes in full: of a weight (`diff`, for norms `w_norm`), of a bias (`diff_b`, `b_norm`), and a weight put in place of
-the model's (`set_weight`)."""
+"""Changes in full: of a weight (`diff`, for norms `w_norm`), of a bias (`diff_b`, `b_norm`), and a weight put in place
+of the model's (`set_weight`)."""
 
 from __future__ import annotations
 

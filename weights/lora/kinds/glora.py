@@ -1,7 +1,7 @@
 """GLoRA: ΔW = alpha/rank · (W A + B), with A and B of low rank. A part of the change depends on the weight.
 
-There are two forms in files: W·a1·a2 + b1·b2, and the first one of LyCORIS, W·a2·a1 + b2·b1. Which one it is shows in the
-shapes, and where both would fit in the shape of the weight.
+There are two forms in files: W·a1·a2 + b1·b2, and the first one of LyCORIS, W·a2·a1 + b2·b1. Which one it is shows in
+the shapes, and where both would fit in the shape of the weight.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from .base import Kind, NoTerm, Parts, Place
 
 
 class IA3Kind(Kind):
-    """LyCORIS writes `weight` and `on_input`, PEFT `ia3_l`. `weight` counts only beside `on_input`: every checkpoint has
-    keys that end so."""
+    """LyCORIS writes `weight` and `on_input`, PEFT `ia3_l`. `weight` counts only beside `on_input`: every checkpoint
+    has keys that end so."""
 
     name = "IA3"
     endings = {"ia3": r"\.ia3_l(?:\.[^.]+)?(?:\.weight)?", "on_input": r"\.on_input"}
