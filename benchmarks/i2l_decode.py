@@ -31,7 +31,17 @@ from statistics import median
 from _pack import import_pack, machine
 
 IN_DIM = 5632
-CASES = ("read", "bound 1", "bound 4", "ours 1", "ours 4", "ours 1 fp32", "ours 4 fp32", "straightforward 1", "straightforward 4")
+CASES = (
+    "read",
+    "bound 1",
+    "bound 4",
+    "ours 1",
+    "ours 4",
+    "ours 1 fp32",
+    "ours 4 fp32",
+    "straightforward 1",
+    "straightforward 4",
+)
 
 
 def write_predictor(path: Path) -> None:
@@ -194,7 +204,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default=None, help="where the 3.23 GB file goes for the time of the run")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-straightforward", action="store_true", help="it takes ten times as long as the rest")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)

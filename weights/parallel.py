@@ -1,4 +1,4 @@
-"""Many small products at once, each computed by one thread alone."""
+"""Many small products at the same time, each computed by a single thread."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ Result = TypeVar("Result")
 def map_single_threaded(
     function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 1
 ) -> Iterator[Iterator[Result]]:
-    """`map(function, items)` on as many threads as torch would use, each of which computes without helpers.
+    """`map(function, items)` on several threads, as many as torch would use, each computing on one thread.
 
-    Thin products wait for memory: threads that share one mostly wait for each other (by spinning, which is ruinous on
-    a busy machine), threads with products of their own do not. The result, too, is then the same whatever the number
-    of threads is.
+    Small products wait for memory more than for the processor. Threads that share one product mostly wait for each
+    other, and they wait by spinning, which takes the processor from others. Threads with a product each do not. The
+    result is then also the same whatever the number of threads is.
 
-    `at_once` items are handed to a thread in one go, for work that takes less time than handing it over.
+    Args:
+        function: called without gradients, with torch set to one thread.
+        items: read at once, before the first call.
+        at_once: how many items a thread takes in one go, for work that takes less time than handing it over.
 
-    Used as a context manager that gives the results in order; when it is left, also by an exception of the caller's,
-    what has not begun is cancelled, what has is waited for, and torch's number of threads is as before.
+    Yields:
+        An iterator over the results, in the order of the items. When the block is left, also by an exception, items
+        that have not begun are cancelled, those that have are waited for, and torch's number of threads is as before.
+        What `function` raises comes out where its result is asked for.
     """
     threads = torch.get_num_threads()
     items = list(items)

@@ -210,7 +210,7 @@ def _read_entry(path: Path, key: str, entry: object, data_start: int) -> TensorI
     if not _whole_numbers(shape):
         raise wrong(f"shape is not a list of sizes, but {_shown(shape)}", "whole numbers of 0 or more")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"data_offsets is {_shown(offsets)}", "two whole numbers, the first byte and the one after the last")
+        raise wrong(f"data_offsets is {_shown(offsets)}", "two whole numbers: first byte, end")
     elements = 1
     for size in shape:
         elements *= size or 1  # a size of 0 must not hide that the others are impossible

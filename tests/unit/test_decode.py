@@ -1,6 +1,8 @@
-"""Decoding against a slow oracle: the formulas, element by element, in Python floats."""
+"""Decoding against a slow oracle: the formulas, element by element, in Python's whole numbers."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from small import Q_COARSE, Q_FINE, Q_SMALL, Z_SMALL, random_tensors, write_pred
 from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.i2l.decode import decode
 from styleloom.weights.i2l.header import recognise_predictor
-from styleloom.weights.i2l.layouts import targets
+from styleloom.weights.i2l.layouts import key_shapes, targets
 from styleloom.weights.tensor_file import TensorFile, read_header
 
 
@@ -28,71 +30,112 @@ def _decode(path, spec, x, hidden=None, **kwargs):
         return decode(file, spec, x, hidden, **kwargs)
 
 
-def _mv(matrix, vector):
-    return [sum(w * v for w, v in zip(row, vector)) for row in matrix]
+def _whole_numbers(path, spec, seed=0):
+    """A predictor of small whole numbers: every sum is exact in fp32, in whatever order and with whatever instructions
+    a processor adds. So the results must be equal to the oracle's, and rounding to bf16 is the only rounding there is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        key: torch.randint(-3, 4, shape, generator=generator).bfloat16() for key, shape in key_shapes(spec).items()
+    }
+    save_file(tensors, str(path))
+    return tensors
 
 
-def oracle(tensors, stored, x, rank, a_width, b_width, hidden=None):
-    """A[r][i] and B[o][r] of one target and one picture, without any tensor operation."""
-    get = lambda name: tensors[name].double().tolist()  # noqa: E731
+def _whole_inputs(spec, count):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-9, 10, (count, spec.in_dim), generator=generator).bfloat16()
+    if spec.residual is None:
+        return x, None
+    r = spec.residual
+    # Multiples of 20, as the branch multiplies with 0.05.
+    hidden = torch.randint(-2, 3, (count, r.tokens, r.text_width), generator=generator) * 20
+    return x, hidden.bfloat16()
+
+
+def _mv(matrix, vector, rounded):
+    return [rounded(sum(w * v for w, v in zip(row, vector) if w)) for row in matrix]
+
+
+def _exactly(value):
+    return value
+
+
+def _to_bf16(value):
+    """Round a whole number to 8 significant bits, half to even: Python's own arithmetic."""
+    unit = 2 ** max(0, abs(value).bit_length() - 8)
+    return round(Fraction(value, unit)) * unit
+
+
+def oracle(tensors, stored, x, rank, a_width, b_width, hidden, rounded):
+    """A[r][i] and B[o][r] of one target and one picture, without any tensor operation, in whole numbers."""
+    get = lambda name: tensors[name].int().tolist()  # noqa: E731
     r = None
     if hidden is not None:
         block = stored.split(".layers.")[0]
         w_in = get(f"{block}.proj_residual.proj_in.weight")
-        flat = [value for token in hidden for value in _mv(w_in, [0.05 * v for v in token])]
-        r = _mv(get(f"{block}.proj_residual.proj_out.weight"), flat)
+        flat = [value for token in hidden for value in _mv(w_in, [v // 20 for v in token], rounded)]
+        r = _mv(get(f"{block}.proj_residual.proj_out.weight"), flat, rounded)
     out = {}
     for factor in ("proj_a", "proj_b"):
-        h = _mv(get(f"{stored}.{factor}.proj_in.weight"), x)
+        h = _mv(get(f"{stored}.{factor}.proj_in.weight"), x, rounded)
         if r is not None:
-            h = [a + b for a, b in zip(h, r)]
-        out[factor] = _mv(get(f"{stored}.{factor}.proj_out.weight"), h)
+            h = [rounded(a + b) for a, b in zip(h, r)]
+        out[factor] = _mv(get(f"{stored}.{factor}.proj_out.weight"), h, rounded)
     a = [[out["proj_a"][k * a_width + i] for i in range(a_width)] for k in range(rank)]
     b = [[out["proj_b"][o * rank + k] for k in range(rank)] for o in range(b_width)]
-    return torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return torch.tensor(a), torch.tensor(b)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(("arithmetic", "rounded"), [("fp32", _exactly), ("reference", _to_bf16)])
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("spec", [Z_SMALL, Q_SMALL, Q_COARSE, Q_FINE], ids=["z-image", "style", "coarse", "fine"])
-def test_every_element_follows_the_formula(spec, count, tmp_path):
-    path = write_predictor(tmp_path / "m.safetensors", spec, dtype=torch.float32)
-    tensors = load_file(str(path))
-    x = _embeddings(spec, count)
-    hidden = _hidden(spec, count) if spec.residual else None
-    decoded = _decode(path, spec, x, hidden, arithmetic="fp32")
+def test_every_element_follows_the_formula(spec, count, arithmetic, rounded, tmp_path):
+    """fp32 rounds nothing; reference rounds to bf16 after each map."""
+    tensors = _whole_numbers(tmp_path / "m.safetensors", spec)
+    x, hidden = _whole_inputs(spec, count)
+    decoded = _decode(tmp_path / "m.safetensors", spec, x, hidden, arithmetic=arithmetic)
     chosen = list(targets(spec.family))
-    # Fine's oracle walks 1376 tokens a block in Python: a few targets of every group are enough there.
-    chosen = chosen[:: len(chosen) // 6] if spec.residual else chosen[:: len(chosen) // 40]
-    assert list(decoded) == [t.name for t in targets(spec.family)]
-    for target in chosen:
-        for n in range(count) if not spec.residual else (count - 1,):
-            a, b = oracle(
-                tensors,
-                target.stored,
-                x[n].tolist(),
-                spec.rank,
-                spec.widths[target.a_width],
-                spec.widths[target.b_width],
-                hidden[n].tolist() if spec.residual else None,
-            )
-            pair = decoded[target.name][n]
-            torch.testing.assert_close(pair.down.double(), a, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(pair.up.double(), b, rtol=1e-5, atol=1e-5)
+    assert list(decoded) == [t.name for t in chosen]
+    # The oracle walks every token in Python: a few targets of every group are enough.
+    for target in chosen[:: len(chosen) // (4 if spec.residual else 20)]:
+        n = count - 1
+        want = oracle(
+            tensors,
+            target.stored,
+            x[n].int().tolist(),
+            spec.rank,
+            spec.widths[target.a_width],
+            spec.widths[target.b_width],
+            hidden[n].int().tolist() if spec.residual else None,
+            rounded,
+        )
+        for found, right in zip(decoded[target.name][n], want):
+            assert found.dtype == (torch.float32 if arithmetic == "fp32" else torch.bfloat16)
+            assert torch.equal(found.double(), right.double())
 
 
-def test_reference_arithmetic_rounds_between_the_maps(tmp_path):
-    """bf16 in, bf16 between, bf16 out; the intermediate is rounded, which fp32 arithmetic does not do."""
+def test_the_two_arithmetics_differ_here(tmp_path):
+    """Else the test above would prove nothing of the rounding between the maps."""
+    _whole_numbers(tmp_path / "m.safetensors", Z_SMALL)
+    x, _ = _whole_inputs(Z_SMALL, 1)
+    exact, rounded = (
+        _decode(tmp_path / "m.safetensors", Z_SMALL, x, arithmetic=arithmetic) for arithmetic in ("fp32", "reference")
+    )
+    late = {name for name, (pair,) in exact.items() if not torch.equal(pair.up.bfloat16(), rounded[name][0].up)}
+    assert late, "rounding at the end alone gives the same"
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_what_finish_makes_comes_out(count, tmp_path):
+    """Called once a target, with the pairs that come out without it, in whatever thread."""
     path = write_predictor(tmp_path / "m.safetensors", Z_SMALL)
-    tensors, x = load_file(str(path)), _embeddings(Z_SMALL, 1)
-    pair = _decode(path, Z_SMALL, x)["layers.4.feed_forward.w3"][0]
-    stored = "layers_lora.blocks.34.layers.2.proj_b"
-    h = (tensors[f"{stored}.proj_in.weight"].double() @ x[0].double()).float().bfloat16()
-    b = (tensors[f"{stored}.proj_out.weight"].double() @ h.double()).float().bfloat16().view(10, 4)
-    assert pair.up.dtype == torch.bfloat16
-    # At most one unit in the last place, from the order of summation.
-    assert (pair.up.float() - b.float()).abs().max() <= 2**-7 * b.float().abs().max()
-    exact = _decode(path, Z_SMALL, x, arithmetic="fp32")["layers.4.feed_forward.w3"][0].up
-    assert exact.dtype == torch.float32 and not torch.equal(exact.bfloat16(), pair.up)
+    x = _embeddings(Z_SMALL, count)
+    plain = _decode(path, Z_SMALL, x)
+    made = _decode(path, Z_SMALL, x, finish=lambda name, pairs: (name, torch.cat([p.down for p in pairs]).clone()))
+    assert list(made) == list(plain)
+    for name, (called, down) in made.items():
+        assert called == name and torch.equal(down, torch.cat([p.down for p in plain[name]]))
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path):

@@ -96,9 +96,13 @@ def test_strength_scales_the_change_once():
 def test_rank_cap_of_a_fusion(max_rank):
     decoded = [[_pair(30, 40, 4, n, torch.float32) for n in range(5)]]
     exact, capped = (fuse_target(decoded, [0.2] * 5, max_rank=r) for r in (0, max_rank))
-    u, s, v = torch.linalg.svd(_delta(exact))
     k = min(max_rank, 20)
-    torch.testing.assert_close(_delta(capped), u[:, :k] * s[:k] @ v[:k], rtol=1e-4, atol=1e-4)
+    values = torch.linalg.svdvals(_delta(exact))
+    missed = torch.linalg.norm(_delta(exact) - _delta(capped))
+    # Eckart-Young: no matrix of rank k comes nearer. The factors are computed and stored in fp32 (2^-24): an error of
+    # some ten roundings of the largest value. The entries themselves are not compared, as they may turn by much more
+    # where two singular values are close.
+    assert abs(missed - values[k:].square().sum().sqrt()) <= 40 * 2**-24 * values[0] * 20**0.5
     assert capped.rank == k
 
 

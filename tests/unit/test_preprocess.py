@@ -108,7 +108,9 @@ def test_dino_pixels_are_those_of_transformers():
     want = processor(images=Image.fromarray(crop), return_tensors="pt")["pixel_values"][0]
     found = preprocess.dino_pixels(crop)
     assert found.shape == (3, 224, 224)
-    assert torch.equal(found, want)
+    # Both add in fp32 (2^-24), the weights of at most 12 rows and then of 12 columns, and scale and shift; the result
+    # is divided by a deviation of 0.22. Pictures that were rounded to 8 bits in between lie 200 times further away.
+    assert (found - want).abs().max() <= (12 + 12 + 6) * 2**-24 / 0.22
 
 
 def test_dino_resizes_in_floats():

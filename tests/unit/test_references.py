@@ -65,7 +65,7 @@ def test_a_published_embedding_takes_eleven_kilobytes(tmp_path):
             r"'residual_fine' is \[1, 4, 4\] for 2",
         ),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references": "9"}, "format version 9"),
-        ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": '["a", "b"]'}, "metadata of 2 pictures for 1"),
+        ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": '["a", "b"]'}, "of 2 pictures for 1"),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": "["}, "not valid JSON"),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": "5"}, "images.*is a number"),
         ({"embeddings": torch.ones(1, 3)}, {"styleloom.references.images": "[]"}, "metadata of 0 pictures for 1"),

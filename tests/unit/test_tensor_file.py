@@ -169,7 +169,8 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
 def test_tensors_that_cannot_be_given_are_refused(tmp_path):
     path = tmp_path / "m.safetensors"
-    save_file({"int": torch.ones(2, 2, dtype=torch.int64), "vector": torch.ones(3), "none": torch.ones(0, 4)}, str(path))
+    whole = torch.ones(2, 2, dtype=torch.int64)
+    save_file({"int": whole, "vector": torch.ones(3), "none": torch.ones(0, 4)}, str(path))
     with TensorFile(read_header(path)) as file:
         for read in (file.__getitem__, lambda key: list(file.rows(key, torch.float32))):
             with pytest.raises(StyleLoomError, match="m.safetensors: .*'int'.*I64"):

@@ -182,7 +182,11 @@ def decode(
     blocks.sort(key=lambda item: start[f"{item[1][0].stored}.proj_a.proj_in.weight"].start)
 
     found: dict[str, Result] = {}
-    with map_single_threaded(lambda item: _decode_block(file, spec, *item, x, count, hidden, finish), blocks) as results:
+
+    def work(item: tuple[str, list[Target]]) -> dict[str, Result]:
+        return _decode_block(file, spec, *item, x, count, hidden, finish)
+
+    with map_single_threaded(work, blocks) as results:
         for done in results:
             found |= done
             if on_target is not None:

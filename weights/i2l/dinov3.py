@@ -2,6 +2,15 @@
 
 Architecture: "DINOv3", arXiv 2508.10104; the names of the tensors are those of `DINOv3-7B/model.safetensors`
 in DiffSynth-Studio/General-Image-Encoders.
+
+Why neither ComfyUI's own vision tower nor that of transformers is used:
+
+- ComfyUI (`comfy/image_encoders/dino3.py`, read at 0.30.0) has the DINOv3 of 32 blocks of width 1280 alone; this one
+  has 40 of width 4096. Its queries and values have biases, which are not in this one's file. Its rotation uses fp32
+  frequencies in every precision, where the published embeddings are of bf16 ones (see `rotation`).
+- transformers is no dependency of `weights/`. Its classes name the tensors in another way from version to version, read
+  a model folder with a config where artists have one file, and cannot store matrices as fp8 or leave the casting of
+  weights to the host. The tests compare this tower with theirs.
 """
 
 from __future__ import annotations

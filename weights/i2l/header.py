@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import StyleLoomError
 from ..tensor_file import FLOAT_DTYPES, Header
-from .kinds import describe
+from .file_recognition import describe
 from .layouts import FAMILIES, RANK, Family, PredictorSpec, Residual, key_shapes, targets
 
 # Published predictors by key hash. Z-Image-i2L and Z-Image-Omni-Base-i2L have one layout: the header cannot tell them.

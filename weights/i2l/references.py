@@ -12,7 +12,7 @@ import torch
 from .. import strict_json
 from ..errors import StyleLoomError
 from ..tensor_file import TensorFile, read_header, write_tensor_file
-from .kinds import describe
+from .file_recognition import describe
 
 FORMAT = "styleloom.references"
 FORMAT_VERSION = "1"

@@ -2,6 +2,15 @@
 
 Architecture: "SigLIP 2: Multilingual Vision-Language Encoders", arXiv 2502.14786; the names of the tensors
 are those of `SigLIP2-G384/model.safetensors` in DiffSynth-Studio/General-Image-Encoders.
+
+Why neither ComfyUI's own vision tower nor that of transformers is used:
+
+- ComfyUI (`comfy/clip_vision.py`, read at 0.30.0) knows SigLIP towers of width 1152 only, this one has 1536. Its tower
+  has no pooling head (`head.*`), and what that head makes is exactly what the predictors read. It resizes pictures in
+  floats, where the published embeddings are of PIL's 8-bit rounding (see `preprocess.py`).
+- transformers is no dependency of `weights/`. Its classes name the tensors in another way from version to version, read
+  a model folder with a config where artists have one file, and cannot store matrices as fp8 or leave the casting of
+  weights to the host. The tests compare this tower with theirs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import StyleLoomError
 from . import dinov3, siglip2
-from .kinds import describe
+from .file_recognition import describe
 from .tower_parts import Attention, OnBlock, check_shapes, plain_attention
 
 PRECISIONS = ("bf16", "fp8", "fp32")

@@ -1,4 +1,8 @@
-"""What a file seems to be, for the sentence that refuses it."""
+"""Says what kind of model a file holds, from the names of its tensors alone.
+
+Used in errors only: a node that gets the wrong file can then say "this is a LoRA" and not just "wrong file". The files
+that the pack works with are recognised, and checked tensor by tensor, in `header.py` and `towers.py`.
+"""
 
 from __future__ import annotations
 
