@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Merging two SDXL LoRAs: time and memory against peft and a dense SVD, and what is left of each LoRA.
 
-    python benchmarks/ziprank.py [--ranks 8,32,128] [--rounds N] [--threads N] [--parts time,peers,loss]
+    python benchmarks/ziprank.py [--ranks 8,32,128] [--rounds N] [--threads N] [--parts time,memory,peers,loss]
 
 Two synthetic LoRAs over all 700 attention and feed-forward layers of SDXL (fp16, kohya's names) that share a known part
 of their inputs. Prints one JSON line per figure:
 
 * time: ZipRank fast, from one LORA_MODEL to the other (reading, gauge, solve, writing), median of the rounds, in a
-  process of its own; peak anonymous memory is RssAnon above its value before the work (Linux).
+  process of its own.
+* memory: one merge in a fresh process. The peak is the largest resident size of the process (getrusage) less what the
+  interpreter and torch have before the files are made, so it holds the files, the result and all between; it stands
+  beside the size of files and result together.
 * peers: peft's add_weighted_adapter (svd, ties_svd, cat) and a plain dense SVD of the sum. They form every d_out × d_in
   matrix and take minutes, so one layer of each of the eight shapes is timed and multiplied by how often it occurs.
   Without peft on the path its lines are left out.
@@ -20,9 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
-import threading
 import time
 from statistics import median
 
@@ -74,56 +77,49 @@ def loras(rank: int) -> tuple[dict, dict]:
 def fast(content: dict, style: dict, separation: float = 0.7) -> dict:
     """What the node does in mode fast, without the report's hashes and picture."""
     from styleloom.weights.lora.reading import read_lora
-    from styleloom.weights.lora.writing import write_lora
-    from styleloom.weights.merge.two_loras import assemble, prepare, solve_fast
+    from styleloom.weights.lora.writing import write_lora, written_dtype
     from styleloom.weights.merge.alignment import align, check_sizes
+    from styleloom.weights.merge.fast import merge_fast
     from styleloom.weights.merge.priors import layer_prior
 
     read = [read_lora(lora, name) for lora, name in ((content, "content"), (style, "style"))]
     align(read, None)
     check_sizes(read, None)
-    prepared = prepare(*read, (1.0, 1.0))
-    masks = solve_fast(prepared, layer_prior("soft", "sdxl")[0], separation, True)
-    merged = assemble(prepared, masks)
+    prior = layer_prior("soft", "sdxl")[0]
+    merged = merge_fast(*read, (1.0, 1.0), prior, separation, True, 0, written_dtype(read))
     return write_lora(merged.adapters, {}, read, "sdxl", None, {})
 
 
-class Peak:
-    """Largest RssAnon of this process above its value at the start, in MB."""
-
-    def __enter__(self):
-        self._stop, self.first, self.most = threading.Event(), self._now(), 0.0
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    @staticmethod
-    def _now() -> float:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) / 1024
-
-    def _watch(self):
-        while not self._stop.wait(0.005):
-            self.most = max(self.most, self._now() - self.first)
-
-    def __exit__(self, *exc):
-        self._stop.set()
-        self._thread.join()
+def size_mb(*loras: dict) -> float:
+    return sum(t.numel() * t.element_size() for lora in loras for t in lora.values()) / 1e6
 
 
 def time_ours(rank: int, rounds: int) -> dict:
     content, style = loras(rank)
-    seconds, peaks = [], []
+    files, seconds = size_mb(content, style), []
     for _ in range(rounds):
-        with Peak() as peak:
-            start = time.perf_counter()
-            merged = fast(content, style)
-            seconds.append(time.perf_counter() - start)
-        peaks.append(peak.most)
-    size = sum(t.numel() * t.element_size() for t in merged.values()) / 1e6
+        start = time.perf_counter()
+        fast(content, style)
+        seconds.append(time.perf_counter() - start)
     return {"what": "ours", "rank": rank, "median_s": round(median(seconds), 3), "min_s": round(min(seconds), 3),
-            "max_s": round(max(seconds), 3), "peak_anonymous_mb": round(median(peaks)), "result_mb": round(size),
-            "layers": len(shapes()), "threads": torch.get_num_threads()}
+            "max_s": round(max(seconds), 3), "min_s_a_gb_of_files": round(min(seconds) / files * 1e3, 2),
+            "files_mb": round(files), "layers": len(shapes()), "threads": torch.get_num_threads()}
+
+
+def memory_ours(rank: int) -> dict:
+    """For a process that has done nothing else."""
+    tiny = {f"{stem}.{end}": t for stem in ("lora_unet_input_blocks_4_1_proj_in",) for end, t in (
+        ("lora_down.weight", torch.ones(2, 8)), ("lora_up.weight", torch.ones(8, 2)))}
+    fast(tiny, tiny)  # what torch allocates once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    content, style = loras(rank)
+    with_files = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    result = fast(content, style)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    held = size_mb(content, style, result)
+    return {"what": "memory", "rank": rank, "files_mb": round(size_mb(content, style)), "result_mb": round(size_mb(result)),
+            "peak_with_the_files_alone_mb": round(with_files), "peak_mb": round(peak),
+            "peak_over_files_and_result": round(peak / held, 3), "threads": torch.get_num_threads()}
 
 
 def dense_svd(layer, rank: int) -> None:
@@ -196,7 +192,7 @@ def losses(rank: int, shape: tuple[int, int] = (320, 320), layers: int = 2) -> N
     """All in float64, so that only the methods differ."""
     from styleloom.weights.lora.algebra import thin_svd
     from styleloom.weights.merge.methods import METHODS, Options
-    from styleloom.weights.merge.ziprank import MAX_TURN, merge_pair
+    from styleloom.weights.merge.ziprank import DUAL_GAIN, merge_pair
 
     for shared in (0.0, 0.25, 0.5, 1.0):
         for cosine in (0.5, 0.8, 0.95) if shared else (0.0,):
@@ -206,11 +202,11 @@ def losses(rank: int, shape: tuple[int, int] = (320, 320), layers: int = 2) -> N
                 dense = [(c.up * c.values) @ c.down for c in changes]
                 for name, merge in METHODS.items():
                     if name not in ("SVD", "DARE"):
-                        made = merge(changes, Options(rank=2 * rank, target=str(seed)))
+                        made, _ = merge(changes, Options(rank=2 * rank, target=str(seed)))
                         found[name] = found.get(name, 0) + own_loss(made.up @ made.down, dense) / layers
-                for keep, limit in ((True, MAX_TURN), (False, MAX_TURN), (True, 1.0), (False, 1.0)):
-                    made = merge_pair(*changes, 1.0, 1.0, 1.0, keep, limit)[0]
-                    name = "ZipRank fast" + ("" if keep else ", keep_strength off") + (", masks alone" if limit == 1 else "")
+                for keep, gain in ((True, DUAL_GAIN), (False, DUAL_GAIN), (True, 1.0), (False, 1.0)):
+                    made = merge_pair(*changes, 1.0, 1.0, 1.0, keep, gain)[0]
+                    name = "ZipRank fast" + ("" if keep else ", keep_strength off") + (", masks alone" if gain == 1 else "")
                     found[name] = found.get(name, 0) + own_loss(made.up @ made.down, dense) / layers
             best_peer = min(found[name] for name in ("sum", "average", "TIES", "NP-LoRA"))
             print(json.dumps({"what": "own-input loss", "rank": rank, "shared": shared, "cosine": cosine,
@@ -223,23 +219,25 @@ def main() -> None:
     parser.add_argument("--ranks", default="8,32,128")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parts", default="time,peers,loss")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", default="time,memory,peers,loss")
+    parser.add_argument("--one", choices=["time", "memory"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
-        print(json.dumps(time_ours(args.one, args.rounds)), flush=True)
+        rank = int(args.ranks)
+        print(json.dumps(time_ours(rank, args.rounds) if args.one == "time" else memory_ours(rank)), flush=True)
         return
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     print(json.dumps({"what": "machine", **machine(), "torch": torch.__version__, "load_before": load}), flush=True)
     for rank in map(int, args.ranks.split(",")):
         ours = None
-        if "time" in args.parts:
-            command = [sys.executable, __file__, "--one", str(rank), "--rounds", str(args.rounds), "--threads",
-                       str(args.threads)]
-            line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-            print(line, flush=True)
-            ours = json.loads(line)["median_s"]
+        for part in ("time", "memory"):
+            if part in args.parts:
+                command = [sys.executable, __file__, "--one", part, "--ranks", str(rank), "--rounds", str(args.rounds),
+                           "--threads", str(args.threads)]
+                line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+                print(line, flush=True)
+                ours = json.loads(line).get("median_s", ours)
         if "peers" in args.parts and ours:
             peers(rank, ours)
     if "loss" in args.parts:

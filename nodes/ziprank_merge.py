@@ -41,7 +41,8 @@ class ZipRankMerge(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     tooltip="0 is the same as loading both LoRAs one after the other. 1 keeps them apart as far as "
-                    "possible: each acts on its own subject matter only. In mode train it sets the start.",
+                    "possible: each acts on its own subject matter only. In mode train it sets the start. A block that "
+                    "the prior gives to one LoRA alone is not touched by it.",
                 ),
                 io.Float.Input(
                     "content_strength",
@@ -65,7 +66,8 @@ class ZipRankMerge(io.ComfyNode):
                     default=PRIORS[0],
                     tooltip="Which blocks of SDXL speak for content and which for style; it decides only where the "
                     "two LoRAs conflict. soft: a gentle weight. duolora: as in the paper. b-lora: two blocks are "
-                    "given to one LoRA alone. none: all alike. custom: what you write in custom_prior.",
+                    "given to one LoRA alone, whatever the separation. none: all alike. custom: what you write in "
+                    "custom_prior.",
                 ),
                 io.Int.Input(
                     "max_rank",
@@ -140,7 +142,8 @@ class ZipRankMerge(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="train: weight of the Constyle cycle (add the style, take it away, the content must come "
-                    "back, and the other way round). 0 leaves it out; DuoLoRA uses 0.01. Doubles the time.",
+                    "back, and the other way round). 0, the default, leaves it out, and with it half of what DuoLoRA "
+                    "is; DuoLoRA uses 0.01. Doubles the time.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from ..errors import StyleLoomError
-from .kinds import LORA
+from .kinds import LORA, is_finite
 from .kinds.base import wide
 from .lora_model import LoRAModel
 from .low_rank import LowRank
@@ -138,7 +138,7 @@ def _storages(sources: list[CanonicalLoRA]) -> set[int]:
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, stem: str, loaded: set[int]) -> torch.Tensor:
     """In the dtype, checked, and in memory that no loaded LoRA shares; what is so already is not copied."""
     made = tensor.to(dtype).contiguous()
-    if dtype == torch.float16 and not bool(made.isfinite().all()):
+    if dtype == torch.float16 and not is_finite(made):
         raise StyleLoomError(
             f"{stem}: the merged change is too large for fp16",
             "at most 65504",
