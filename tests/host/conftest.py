@@ -7,6 +7,7 @@ the pack works in it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import inspect
 import logging
@@ -22,6 +23,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lets the tests of this folder share their helpers by plain name.
 sys.path.append(str(Path(__file__).resolve().parent))
+
+from shared_models import (  # noqa: E402, F401  fixtures of every test of this folder
+    adapters,
+    bench,
+    benches,
+    distance,
+    encode,
+    left_as_they_were,
+    loras,
+    models,
+    shared_models,
+    texts,
+    vision,
+    weights_as_they_were,
+)
 
 
 @dataclass
@@ -117,6 +133,10 @@ def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     if failed:
         logging.getLogger(__name__).warning("stock nodes that this environment cannot import: %s", failed)
     kit = _load(nodes, _linked(base, "styleloom_kit", ROOT / "tests" / "kit"))
+    # The host collects garbage now and then while it loads models. What was imported never becomes garbage: without
+    # it a collection takes a hundredth of the time.
+    gc.collect()
+    gc.freeze()
     return Host(folder, base, nodes.NODE_CLASS_MAPPINGS, comfy, folder_paths, kit)
 
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from branch_parts import BOUND, ONE, SIDES, bench, benches, distance, loras  # noqa: F401  fixtures
+from shared_models import BOUND, ONE
 from safetensors.torch import save_file
 
 ALL = ("sdxl", "sd1.5", "z-image", "qwen-image", "flux2")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from style_parts import adapters, encode, models, vision  # noqa: F401  fixtures
 
 METHODS = ["rejection", "instantstyle", "subspace", "concept bank", "mask (top fifth)", "mask (2-means)"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import style_oracle as oracle
 import torch
-from style_parts import adapters, blocks, call, encode, models, plan, texts, vision  # noqa: F401  fixtures
+from style_calls import blocks, call, plan
 
 COUNTS = {
     "sdxl": {"style": 10, "layout": 10, "style + layout": 20, "all": 70, "IPAdapter Plus: style": 10,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import style_oracle as oracle
 import torch
-from style_parts import adapters, blocks, encode, keys_values, models, vision  # noqa: F401  fixtures
+from style_calls import blocks, keys_values
 
 STEPS = 3
 

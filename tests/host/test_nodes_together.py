@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from style_parts import encode, vision  # noqa: F401  fixtures
 
 # Untrained weights with a loud style amplify rounding from step to step, by a factor that depends on the seed.
 STEPS = {"steps": 1, "seed": 6}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import style_oracle as oracle
 import torch
-from style_parts import SIZE, adapters, blocks, call, encode, models, plan, texts, vision  # noqa: F401  fixtures
+from style_calls import SIZE, blocks, call, plan
 
 STYLE = [("output", 1)]
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from branch_parts import BOUND, ONE, bench, benches, distance  # noqa: F401  fixtures
+from shared_models import BOUND, ONE
 
 
 @pytest.fixture(scope="module")
