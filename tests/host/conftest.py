@@ -7,6 +7,8 @@ the pack works in it.
 from __future__ import annotations
 
 import asyncio
+import gc
+import hashlib
 import importlib
 import inspect
 import logging
@@ -20,8 +22,25 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+_KIT_STATE, _KIT_LEFT_OUT, _KIT_TO_PASS = pytest.StashKey[str](), pytest.StashKey[int](), pytest.StashKey[set]()
+_PASSED: set[str] = set()
 # Lets the tests of this folder share their helpers by plain name.
 sys.path.append(str(Path(__file__).resolve().parent))
+
+from shared_models import (  # noqa: E402, F401  fixtures of every test of this folder
+    adapters,
+    bench,
+    benches,
+    distance,
+    encode,
+    left_as_they_were,
+    loras,
+    models,
+    shared_models,
+    texts,
+    vision,
+    weights_as_they_were,
+)
 
 
 @dataclass
@@ -37,6 +56,58 @@ class Host:
 
     def run(self, node_id: str, /, **inputs: Any) -> tuple:
         return _run_node(self, node_id, inputs)
+
+
+# --- tests of the kit run when the kit or the host changed
+
+_KIT_TESTS, _KIT_KEY = "test_kit.py", "styleloom/kit"
+
+
+def _kit_state() -> str:
+    """A hash of everything that the tests of the kit look at: the kit, its tests, the host's library, torch."""
+    import torch
+
+    host = os.environ.get("STYLELOOM_HOST")
+    files = [*(ROOT / "tests" / "kit").rglob("*.py"), Path(__file__).with_name(_KIT_TESTS), Path(__file__)]
+    files += [*(Path(host) / "comfy").rglob("*.py")] if host else []
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of the kit when they passed on these very files, unless the command line names them."""
+    mine = [item for item in items if item.path.name == _KIT_TESTS and item.path.parent == Path(__file__).parent]
+    named = any(_KIT_TESTS in str(arg) for arg in config.args) or config.option.keyword or config.option.markexpr
+    if not mine or getattr(config, "cache", None) is None:
+        return
+    config.stash[_KIT_STATE] = _kit_state()
+    if not named and config.cache.get(_KIT_KEY, None) == config.stash[_KIT_STATE]:
+        config.stash[_KIT_LEFT_OUT] = len(mine)
+        config.hook.pytest_deselected(items=mine)
+        items[:] = [item for item in items if item not in set(mine)]
+    elif not named:
+        config.stash[_KIT_TO_PASS] = {item.nodeid for item in mine}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        _PASSED.add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if config.stash.get(_KIT_TO_PASS, None) and config.stash[_KIT_TO_PASS] <= _PASSED:
+        config.cache.set(_KIT_KEY, config.stash[_KIT_STATE])
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.stash.get(_KIT_LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{config.stash[_KIT_LEFT_OUT]} tests of the kit were left out: they passed on this kit, this host and this "
+            f"torch before. To run them: name tests/host/{_KIT_TESTS}, or add --cache-clear.")
 
 
 def _host_folder() -> Path:
@@ -117,6 +188,10 @@ def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     if failed:
         logging.getLogger(__name__).warning("stock nodes that this environment cannot import: %s", failed)
     kit = _load(nodes, _linked(base, "styleloom_kit", ROOT / "tests" / "kit"))
+    # The host collects garbage now and then while it loads models. What was imported never becomes garbage: without
+    # it a collection takes a hundredth of the time.
+    gc.collect()
+    gc.freeze()
     return Host(folder, base, nodes.NODE_CLASS_MAPPINGS, comfy, folder_paths, kit)
 
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from branch_parts import BOUND, ONE, SIDES, bench, benches, distance, loras  # noqa: F401  fixtures
 from safetensors.torch import save_file
+from shared_models import BOUND, ONE
 
 ALL = ("sdxl", "sd1.5", "z-image", "qwen-image", "flux2")
 
@@ -148,18 +148,18 @@ def test_a_batch_of_latents(name, benches, loras, kit, distance):
     assert distance(made, bench.truth(*truth, latent=latent, sampling=ONE)) < BOUND
 
 
-def controlnet(kit):
-    """A ControlNet of SD1.5's structure at the kit's width; none of its weights is zero."""
+def controlnet(kit, bench):
+    """A ControlNet of the model's own structure; none of its weights is zero."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    net = comfy.cldm.cldm.ControlNet(
-        image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[2, 2, 2, 2],
-        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], channel_mult=[1, 2, 4, 4], transformer_depth_middle=1,
-        use_spatial_transformer=True, use_linear_in_transformer=False, context_dim=32, num_heads=8, legacy=False,
-        dtype=torch.float32, operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    left_out = ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock",
+                "disable_unet_model_creation")  # fmt: skip
+    config = {k: v for k, v in bench.model.model.model_config.unet_config.items() if k not in left_out}
     with torch.inference_mode(False):
+        net = comfy.cldm.cldm.ControlNet(
+            hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config
+        )
         kit.weights_fill.fill(net, 3, prefix="control.")
     return comfy.controlnet.ControlNet(net.eval(), load_device=comfy.model_management.get_torch_device())
 
@@ -169,7 +169,7 @@ def test_controlnet(where, bench, loras, kit, distance, run_node):
     hint = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))
     with_net = run_node(
         "ControlNetApplyAdvanced", positive=bench.positive, negative=bench.negative,
-        control_net=controlnet(kit), image=hint, strength=0.6, start_percent=0.0, end_percent=1.0,
+        control_net=controlnet(kit, bench), image=hint, strength=0.6, start_percent=0.0, end_percent=1.0,
     )  # fmt: skip
     prompts = {
         side: made for side, made in zip(("positive", "negative"), with_net, strict=True) if where in (side, "both")
@@ -232,26 +232,3 @@ def test_a_layer_that_hides_the_batch(bench, loras, kit, distance, monkeypatch, 
     assert distance(made, expected) < BOUND
     assert sum("one after the other" in record.getMessage() for record in caplog.records) == 1
     assert [order for order, _ in calls] == [(1, 0), (0,), (1,), (0,), (1,)]
-
-
-@pytest.mark.parametrize("name", ("sd1.5", "flux2"))
-@pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16))
-def test_in_bfloat16(name, stored, benches, loras, kit, distance, monkeypatch):
-    """As near to the float32 truth as two passes in bfloat16 are, and as near to those as they are to float32: the
-    roundings of two ways of computing are independent, which gives √2, and 1.6 with room for chance."""
-    ours, truth = loras(name)
-    exact = benches(name).truth(*truth, sampling=ONE)
-
-    def config(cls, unet_config):
-        made = cls(unet_config)
-        made.set_inference_dtype(stored, torch.bfloat16 if stored == torch.float32 else None)
-        return made
-
-    monkeypatch.setattr(kit.diffusion, "_config", config)
-    bench = kit.two_passes.Bench(benches(name).run, kit, name)
-    made, passes = bench.asymmetric(sampling=ONE, **ours), bench.truth(*truth, sampling=ONE)
-    rounding = distance(passes, exact)
-    assert 1e-4 < rounding < 0.2
-    assert distance(made, exact) < 1.25 * rounding
-    assert distance(made, passes) < 1.6 * rounding
-    assert distance(passes, bench.symmetric(truth[0][0], sampling=ONE)) > 2 * rounding

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from branch_parts import BOUND, ONE, SIDES, bench, benches, distance, loras  # noqa: F401  fixtures
+from shared_models import BOUND, ONE
 
 
 def test_cfg_1_runs_the_positive_side_alone(bench, loras, kit, distance, run_node):

@@ -6,63 +6,26 @@ import copy
 
 import pytest
 import torch
-
-SIZES = {"sd1.5": (4, 8, 8), "z-image": (16, 8, 8), "flux2": (128, 4, 4)}
-
-
-def distance(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+from shared_models import BOUND, ONE
 
 
-class Rig:
-    """Samples one step of one architecture in several ways."""
-
-    def __init__(self, run_node, kit, name):
-        self.run, self.kit, self.name = run_node, kit, name
-        self.fresh = lambda: kit.architectures.make(name, 1)[0]
-        _, self.clip, _ = kit.architectures.make(name, 1)
-        self.prompts = {
-            "positive": run_node("CLIPTextEncode", clip=self.clip, text="a red boat")[0],
-            "negative": run_node("CLIPTextEncode", clip=self.clip, text="blurry")[0],
-            "cfg": 3.0,
-        }
-        self.lora = kit.adapters.make(self.fresh(), "lora", seed=1, only=lambda m: isinstance(m, torch.nn.Linear))
-
-    def sample(self, guider, steps=1):
-        return self.run(
-            "SamplerCustomAdvanced",
-            noise=self.run("RandomNoise", noise_seed=3)[0],
-            guider=guider,
-            sampler=self.run("KSamplerSelect", sampler_name="euler")[0],
-            sigmas=self.run("BasicScheduler", model=self.fresh(), scheduler="simple", steps=steps, denoise=1.0)[0],
-            latent_image={"samples": torch.zeros(1, *SIZES[self.name])},
-        )[0]["samples"]
-
-    def guider(self, model, **loras):
-        loras = loras or {"positive_lora": self.lora}
-        return self.run("StyleLoomAsymmetricCFGGuider", model=model, **loras, **self.prompts)[0]
-
-    def merged(self, model, lora=None, strength=1.0):
-        return self.run("StyleLoomApplyLoRA", model=model, lora=lora or self.lora, strength=strength)[0]
-
-    def truth(self, positive, negative):
-        return self.sample(self.run("DualModelGuider", model=positive, model_negative=negative, **self.prompts)[0])
-
-    def plain(self, model, steps=1):
-        return self.sample(self.run("CFGGuider", model=model, **self.prompts)[0], steps)
-
-
-@pytest.fixture(scope="module", params=["sd1.5", "z-image"])
-def rig(request, run_node, kit):
-    return Rig(run_node, kit, request.param)
+@pytest.fixture(params=["sd1.5", "z-image"])
+def rig(request, benches):
+    return benches(request.param)
 
 
 @pytest.fixture
-def small(run_node, kit):
-    """Six blocks: quick to compile."""
+def small(benches):
+    """Four blocks: quick to compile."""
     torch._dynamo.reset()
-    yield Rig(run_node, kit, "flux2")
+    yield benches("flux2")
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def linear_lora(kit):
+    """A LoRA for linear layers alone: some of these formats have no convolutions."""
+    return lambda bench, **more: bench.lora(more.pop("seed", 1), only=lambda m: isinstance(m, torch.nn.Linear), **more)
 
 
 def compiled(model, **options):
@@ -73,28 +36,29 @@ def compiled(model, **options):
     return model
 
 
-def test_a_compiled_model(small):
+def test_a_compiled_model(small, distance):
     """Compiled before the LoRA came, with it, with another one, and without it again: one graph for all LoRAs of one
     set of layers."""
     model = compiled(small.fresh())
-    plain = small.plain(small.fresh())
-    assert distance(small.plain(model), plain) < 1e-4
+    plain = small.plain(sampling=ONE)
+    assert distance(small.plain(model, sampling=ONE), plain) < BOUND
     graphs = []
     for seed in (1, 2, 3):
-        lora = small.kit.adapters.make(small.fresh(), "lora", seed=seed)
-        truth = small.truth(small.merged(small.fresh(), lora), small.fresh())
-        assert distance(small.sample(small.guider(model, positive_lora=lora)), truth) < 1e-4
+        lora = small.lora(seed)
+        truth = small.truth([(lora, 1.0)], sampling=ONE)
+        assert distance(small.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert distance(small.plain(model), plain) < 1e-4
+    assert distance(small.plain(model, sampling=ONE), plain) < BOUND
     assert graphs[0] == graphs[-1]
 
 
-def test_compiled_blocks(small):
+def test_compiled_blocks(small, distance, linear_lora):
     """One by one, as nodes for large models do it."""
     model = compiled(small.fresh(), keys=["diffusion_model.single_blocks.1", "diffusion_model.double_blocks.0"])
-    truth = small.truth(small.merged(small.fresh()), small.fresh())
+    lora = linear_lora(small)
+    truth = small.truth([(lora, 1.0)], sampling=ONE)
     for _ in range(2):
-        assert distance(small.sample(small.guider(model)), truth) < 1e-4
+        assert distance(small.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND
 
 
 def in_eight_bits(model):
@@ -113,11 +77,13 @@ def from_eight_bits(model):
     return model
 
 
-def test_weights_in_eight_bits(rig):
+def test_weights_in_eight_bits(rig, distance, linear_lora):
     """The LoRA is added in full precision: nothing of it is rounded to the storage."""
-    truth = rig.truth(rig.merged(from_eight_bits(rig.fresh())), from_eight_bits(rig.fresh()))
+    lora = linear_lora(rig)
+    truth = rig.two_models(rig.with_loras(from_eight_bits(rig.fresh()), (lora, 1.0)), from_eight_bits(rig.fresh()),
+                           sampling=ONE)  # fmt: skip
     model = in_eight_bits(rig.fresh())
-    assert distance(rig.sample(rig.guider(model)), truth) < 1e-4
+    assert distance(rig.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND
     stored = {k: v for k, v in model.model.state_dict().items() if v.dtype == torch.float8_e4m3fn}
     assert len(stored) > 20
 
@@ -137,24 +103,24 @@ class PackedLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, weight, self.bias)
 
 
-def test_linear_layers_of_another_pack(rig):
-    model = rig.fresh()
+def test_linear_layers_of_another_pack(rig, distance, linear_lora):
+    model, lora = rig.fresh(), linear_lora(rig)
     net = model.model.diffusion_model
     for name, module in list(net.named_modules()):
         if isinstance(module, torch.nn.Linear):
             parent = net.get_submodule(name.rpartition(".")[0]) if "." in name else net
             setattr(parent, name.rpartition(".")[2], PackedLinear(module))
-    truth = rig.truth(rig.merged(rig.fresh()), rig.fresh())
-    assert distance(rig.sample(rig.guider(model)), truth) < 1e-4
+    truth = rig.truth([(lora, 1.0)], sampling=ONE)
+    assert distance(rig.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND
 
 
-def test_an_offloaded_model_with_patches_of_its_own(rig, monkeypatch):
+def test_an_offloaded_model_with_patches_of_its_own(rig, distance, linear_lora, monkeypatch):
     """Weights stay where they are and are cast, and patched, at each use: the host's low-memory way."""
     import comfy.model_patcher
 
-    own = rig.kit.adapters.make(rig.fresh(), "lora", seed=9, size=0.1, only=lambda m: isinstance(m, torch.nn.Linear))
-    truth = rig.truth(rig.merged(rig.merged(rig.fresh(), own)), rig.merged(rig.fresh(), own))
-    model = rig.merged(rig.fresh(), own)
+    lora, own = linear_lora(rig), (linear_lora(rig, seed=9, size=0.1), 1.0)
+    truth = rig.truth([own, (lora, 1.0)], [own], sampling=ONE)
+    model = rig.with_loras(rig.fresh(), own)
     load = comfy.model_patcher.ModelPatcher.load
 
     def offloaded(self, device_to=None, **options):
@@ -162,10 +128,10 @@ def test_an_offloaded_model_with_patches_of_its_own(rig, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_patcher.ModelPatcher, "load", offloaded)
-        ours = rig.sample(rig.guider(model))
+        ours = rig.asymmetric(model=model, positive_lora=lora, sampling=ONE)
         lowered = [m for m in model.model.modules() if getattr(m, "weight_function", None)]
     assert len(lowered) > 20
-    assert distance(ours, truth) < 1e-4
+    assert distance(ours, truth) < BOUND
 
 
 def quantise(model):
@@ -191,10 +157,11 @@ def quantise(model):
     return model, restored
 
 
-def test_a_model_that_the_host_quantised(rig):
+def test_a_model_that_the_host_quantised(rig, distance, linear_lora):
     """Weights that are the host's QuantizedTensor: the LoRA is added in full precision, nothing is requantised."""
     from comfy.quant_ops import QuantizedTensor
 
+    lora = linear_lora(rig)
     with torch.inference_mode():
         model, restored = quantise(rig.fresh())
     with torch.inference_mode(False):
@@ -204,23 +171,22 @@ def test_a_model_that_the_host_quantised(rig):
                 other.model.diffusion_model.get_submodule(name).weight.data = weight.clone()
     quantised = [m for m in model.model.modules() if isinstance(getattr(m, "weight", None), QuantizedTensor)]
     assert len(quantised) > 20
-    assert distance(rig.sample(rig.guider(model)), rig.truth(rig.merged(same[0]), same[1])) < 1e-4
+    ours = rig.asymmetric(model=model, positive_lora=lora, sampling=ONE)
+    assert distance(ours, rig.two_models(rig.with_loras(same[0], (lora, 1.0)), same[1], sampling=ONE)) < BOUND
 
 
-def test_a_bypass_lora_and_weight_hooks_at_once(small):
+def test_a_bypass_lora_and_weight_hooks_at_once(small, distance):
     """The host takes its injections out and puts them back whenever hooks change weights: ours among them."""
-    own = small.kit.adapters.make(small.fresh(), "lora", contains="double", seed=9, size=0.1)
-    lora = small.kit.adapters.make(small.fresh(), "lora", contains="double", seed=1) | small.kit.adapters.make(
-        small.fresh(), "dora", contains="single", seed=2
-    )
-    truth = small.truth(small.merged(small.merged(small.fresh(), own), lora), small.merged(small.fresh(), own))
+    own = small.lora(9, contains="double", size=0.1)
+    lora = small.lora(1, contains="double") | small.lora(2, kind="dora", contains="single")
+    truth = small.truth([(own, 1.0), (lora, 1.0)], [(own, 1.0)], sampling=ONE)
     model = small.run("LoraModelLoader", model=small.fresh(), lora=own, strength_model=1.0, bypass=True)[0]
     layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
-    assert distance(small.sample(small.guider(model, positive_lora=lora)), truth) < 1e-4
+    assert distance(small.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND
     assert "branch" not in layer.forward.__module__  # with the guider gone, the layer is as the host leaves it
 
 
-def test_memory_for_the_adapters_is_the_hosts_business(rig, monkeypatch):
+def test_memory_for_the_adapters_is_the_hosts_business(rig, linear_lora, monkeypatch):
     import comfy.model_management
 
     asked = []
@@ -230,18 +196,19 @@ def test_memory_for_the_adapters_is_the_hosts_business(rig, monkeypatch):
         asked.append(list(models))
         return load(models, *args, **kwargs)
 
-    guider = rig.guider(rig.fresh())
+    lora = linear_lora(rig)
+    guider = rig.guider(positive_lora=lora)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched)
-    rig.sample(guider)
-    size = sum(t.numel() * t.element_size() for key, t in rig.lora.items() if "lora_" in key)
+    rig.through(guider, **ONE)
+    size = sum(t.numel() * t.element_size() for key, t in lora.items() if "lora_" in key)
     sizes = [patcher.model_size() for models in asked for patcher in models]
     assert any(abs(found - size) <= 0.1 * size for found in sizes), (sizes, size)
 
 
-def test_a_guider_of_a_copied_model(rig):
+def test_a_guider_of_a_copied_model(rig, linear_lora):
     """Nodes may clone the model that a guider was made for; the guider's own clone is not touched by that."""
     model = rig.fresh()
-    guider = rig.guider(model)
+    guider = rig.guider(model, positive_lora=linear_lora(rig))
     other = copy.copy(model.clone())
     other.model_options["cfg1"] = True
     assert "cfg1" not in guider.model_patcher.model_options

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from branch_parts import bench, benches  # noqa: F401  fixtures
 
 
 @pytest.fixture

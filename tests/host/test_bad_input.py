@@ -127,7 +127,7 @@ def test_no_picture_at_all(run_node, encoders):
     refused(run_node, "empty batch", "StyleLoomGrayReferences", images=torch.zeros(0, 4, 4, 3))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 1, 64, 3), (1, 8192, 8192, 3), (1, 30, 20, 4), (1, 30, 20, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 1, 64, 3), (1, 4096, 2048, 3), (1, 30, 20, 4), (1, 30, 20, 1)])
 def test_odd_pictures_are_taken(shape, run_node, encoders):
     image = torch.rand(1, 1, 1, shape[3]).expand(shape) if shape[1] > 1000 else torch.rand(shape)
     made = encode(run_node, encoders, image)
@@ -175,18 +175,18 @@ def test_references_of_other_encoders(run_node, pack, encoders):
     refused(run_node, r"references are \[1, 5632\]", "StyleLoomImageToLoRA", predictor=predictor, references=wider)
 
 
-def test_lora_for_another_model(run_node, encoders):
+def test_lora_for_another_model(run_node, encoders, kit):
     references = encode(run_node, encoders, torch.rand(1, 9, 9, 3))
     predictor = run_node("StyleLoomLoadPredictor", predictor_name="kit/z_image_i2l.safetensors")[0]
     lora = run_node("StyleLoomImageToLoRA", predictor=predictor, references=references)[0]
     for architecture in ("qwen-image", "sdxl"):
-        model = run_node("StyleLoomKitModel", architecture=architecture, seed=0)[0]
+        model = kit.architectures.make_model(architecture, 0, short=True)
         words = refused(
             run_node, "476 of the LoRA's 476 keys find no place", "StyleLoomApplyLoRA", model=model, lora=lora
         )
         assert "diffusion_model.layers.0.attention.to_q.lora_A.weight" in words and model.patches == {}
 
-    model = run_node("StyleLoomKitModel", architecture="z-image", seed=0)[0]
+    model = kit.architectures.make_model("z-image")
     apply = lambda each: run_node("StyleLoomApplyLoRA", model=model, lora=each)  # noqa: E731
     key = "diffusion_model.layers.5.attention.to_q.lora_{}.weight"
     refused(apply, "1 patches of the LoRA have another size", {**lora, key.format("A"): torch.ones(4, 64)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from style_parts import adapters, encode, models, vision  # noqa: F401  fixtures
+from style_calls import call
 
 METHODS = ["rejection", "instantstyle", "subspace", "concept bank", "mask (top fifth)", "mask (2-means)"]
 
@@ -129,7 +129,7 @@ def test_words_that_cannot_be_read(encode, remove):
     refused("protect names too", remove, encode(1), "a cat", protect="a cat")
 
 
-def test_consumers(run_node, adapters, models, encode, remove):
+def test_consumers(run_node, adapters, models, encode, remove, texts):
     """Ours and the host's take the output; a plus adapter, which would not see the change, says so."""
     style = encode(1)
     made, _ = remove(style, "a cat", "rejection")
@@ -138,8 +138,8 @@ def test_consumers(run_node, adapters, models, encode, remove):
         "StyleLoomStyleBlockInjector", model=model, ipadapter=adapters(kind, "sdxl")[0], preset="style", weight=1.0,
         **o)[0]  # fmt: skip
     patched = [inject("base", style={"style0": output}) for output in (style, made)]
-    first, second = (next(iter(m.wrappers["apply_model"].values()))[0].__self__.layers["output", 1, 0] for m in patched)
-    assert not torch.equal(first.k[1], second.k[1]) and torch.equal(first.k[0], second.k[0]), "the negative side stays"
+    positive, negative = ([call(m, texts["sdxl"], sides=(side,)) for m in patched] for side in (0, 1))
+    assert not torch.equal(*positive) and torch.equal(*negative), "the negative side stays"
     words = refused("had content subtracted, and made/plus", inject, "plus", style={"style0": made})
     assert "negative" in words
     assert inject("plus", style={"style0": style}, negative=encode(2)) is not model

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from style_parts import adapters, encode, models, vision  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")

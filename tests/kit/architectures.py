@@ -28,6 +28,24 @@ ARCHITECTURES = {
 }
 
 
+# The same nets with few blocks (FLUX.2 also at a smaller width): for tests that ask nothing of the number of blocks.
+# A call of a net this small costs by the number of its layers, not by their widths.
+_SHORT_UNET = {"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth_middle": 1}
+SHORT = {
+    "z-image": {"n_layers": 3, "n_refiner_layers": 1},
+    "qwen-image": {"num_layers": 3},
+    "sdxl": {**_SHORT_UNET, "transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 2, 2]},
+    "sd1.5": {**_SHORT_UNET, "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1]},
+    "flux2": {"hidden_size": 64, "num_heads": 2, "axes_dim": [8, 8, 8, 8], "depth": 2, "depth_single_blocks": 2},
+}
+
+
+def make_model(name: str, seed: int = 0, short: bool = False):
+    """A new MODEL alone, of the true depth or with few blocks."""
+    with torch.inference_mode(False):
+        return ARCHITECTURES[name].model(seed, **(SHORT[name] if short else {}))
+
+
 def make(name: str, seed: int = 0):
     """Returns new (MODEL, CLIP, VAE) objects of the architecture `name`."""
     if name not in ARCHITECTURES:

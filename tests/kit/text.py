@@ -6,6 +6,8 @@ small FLUX.2 uses klein's text side, whose tokenizer the host has.)
 
 from __future__ import annotations
 
+import functools
+
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models_base
@@ -29,8 +31,17 @@ _RULES = (
 )
 
 
+@functools.cache
+def _tokenizer(cls: type, embedding_directory: tuple[str, ...]):
+    """One of each: reading the vocabulary takes longer than making the model, and nothing writes to a tokenizer."""
+    return cls(embedding_directory=list(embedding_directory), tokenizer_data={})
+
+
 def _clip(tokenizer: type, model: type, seed: int, model_options: dict | None = None) -> comfy.sd.CLIP:
-    target = comfy.supported_models_base.ClipTarget(tokenizer, model)
+    def shared(embedding_directory, tokenizer_data):
+        return _tokenizer(tokenizer, tuple(embedding_directory))
+
+    target = comfy.supported_models_base.ClipTarget(shared, model)
     clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
                          model_options={"dtype": torch.float32, **(model_options or {})})
     fill(clip.cond_stage_model, seed, _RULES)

@@ -42,14 +42,21 @@ def recorded(model) -> tuple:
 
 
 class Bench:
-    """One architecture: its model, prompts and latent, and the ways to sample it."""
+    """One architecture: its model, prompts and latent, and the ways to sample it.
 
-    def __init__(self, run_node, kit, name: str):
-        self.run, self.kit, self.name = run_node, kit, name
-        self.model, self.clip, _ = run_node("StyleLoomKitModel", architecture=name, seed=1)
+    Args:
+        run_node: `Host.run`. short: a net of few blocks (`architectures.SHORT`), which is the right one for every test
+            that asks nothing of the number of blocks.
+    """
+
+    def __init__(self, run_node, kit, name: str, short: bool = True):
+        self.run, self.kit, self.name, self.short = run_node, kit, name, short
+        self.model = self.fresh()
+        self.clip = kit.architectures.ARCHITECTURES[name].clip(1)
         self.positive, self.negative = self.prompt("a red boat"), self.prompt("blurry")
         self.report = ""
-        self._merged: dict[tuple, tuple] = {}
+        self._bare: dict[str, object] = {}
+        self._kept: list = []
 
     def prompt(self, text: str):
         return self.run("CLIPTextEncode", clip=self.clip, text=text)[0]
@@ -62,17 +69,26 @@ class Bench:
 
     def fresh(self):
         """The same model again, sharing nothing."""
-        return self.kit.architectures.make(self.name, 1)[0]
+        return self.kit.architectures.make_model(self.name, 1, self.short)
+
+    def with_loras(self, model, *loras):
+        """`model` with (LORA_MODEL, strength), … put on it by the host's merge."""
+        for lora, strength in loras:
+            model = self.run("StyleLoomApplyLoRA", model=model, lora=lora, strength=strength)[0]
+            # The host goes back to the clone that a clone was made from; where that is gone, every load of any model
+            # collects garbage through the whole process first, which takes longer than a step.
+            self._kept.append(model)
+        return model
 
     def merged(self, *loras, side: str = "positive"):
-        """A model with (LORA_MODEL, strength), … merged by the host. Two sides never share one."""
-        key = (side, *((id(lora), strength) for lora, strength in loras))
-        if key not in self._merged:
-            model = self.fresh()
-            for lora, strength in loras:
-                model = self.run("StyleLoomApplyLoRA", model=model, lora=lora, strength=strength)[0]
-            self._merged[key] = (model, loras)  # the LoRAs too: an id is only theirs as long as they live
-        return self._merged[key][0]
+        """A model with (LORA_MODEL, strength), … merged by the host. Two sides never share one.
+
+        Each side has one model. The host patches it when a clone is loaded, and takes that back bit by bit when it
+        loads another clone.
+        """
+        if side not in self._bare:
+            self._bare[side] = self.fresh()
+        return self.with_loras(self._bare[side], *loras)
 
     def sigmas(self, steps: int = STEPS, scheduler: str = "simple") -> torch.Tensor:
         return self.run("BasicScheduler", model=self.model, scheduler=scheduler, steps=steps, denoise=1.0)[0]
@@ -106,14 +122,20 @@ class Bench:
     def truth(self, positive_loras=(), negative_loras=(), latent=None, positive=None, negative=None, cfg=CFG,
               sampling=None, change: Callable = lambda model: model):
         """`change` is done to both models: what a node makes of a model, for instance."""
-        guider = self.run(
-            "DualModelGuider",
-            model=change(self.merged(*positive_loras)),
-            model_negative=change(self.merged(*negative_loras, side="negative")),
-            positive=positive or self.positive,
-            negative=negative or self.negative,
-            cfg=cfg,
-        )[0]
+        return self.two_models(change(self.merged(*positive_loras)), change(self.merged(*negative_loras, side="negative")),
+                               latent, positive, negative, cfg, sampling)
+
+    def two_models(self, positive_model, negative_model, latent=None, positive=None, negative=None, cfg=CFG,
+                   sampling=None):
+        """Core's Dual Model CFG Guider on two models that share nothing."""
+        guider = self.run("DualModelGuider", model=positive_model, model_negative=negative_model, cfg=cfg,
+                          positive=positive or self.positive, negative=negative or self.negative)[0]
+        return self.through(guider, latent, **(sampling or {}))
+
+    def plain(self, model=None, latent=None, cfg=CFG, sampling=None):
+        """Core's CFG Guider on one model."""
+        guider = self.run("CFGGuider", model=model or self.model, positive=self.positive, negative=self.negative,
+                          cfg=cfg)[0]
         return self.through(guider, latent, **(sampling or {}))
 
     def symmetric(self, *loras, latent=None, change: Callable = lambda model: model, cfg=CFG, **more):
@@ -148,15 +170,3 @@ class Bench:
             return self.through(guider, latent, **(sampling or {}))
         finally:
             other.cleanup()
-
-
-def benches(run_node, kit) -> Callable[[str], Bench]:
-    """name → the bench of that architecture, made once."""
-    made: dict[str, Bench] = {}
-
-    def get(name: str) -> Bench:
-        if name not in made:
-            made[name] = Bench(run_node, kit, name)
-        return made[name]
-
-    return get

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from styleloom.weights.i2l.layouts import FAMILIES, PredictorSpec, Residual, key_shapes
 
@@ -23,6 +24,13 @@ def random_tensors(spec: PredictorSpec, seed: int = 0, dtype=torch.bfloat16) -> 
     }
 
 
+_written: dict[tuple, bytes] = {}
+
+
 def write_predictor(path, spec: PredictorSpec, seed: int = 0, dtype=torch.bfloat16):
-    save_file(random_tensors(spec, seed, dtype), str(path))
+    """Writes the predictor; its thousands of tensors are drawn once per session."""
+    key = (repr(spec), seed, dtype)
+    if key not in _written:
+        _written[key] = save(random_tensors(spec, seed, dtype))
+    Path(path).write_bytes(_written[key])
     return path

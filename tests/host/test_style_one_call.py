@@ -1,11 +1,12 @@
-"""Style Block Injector among others: replacements, overrides, masks, regions, batches, schedules, guiders, LoRA."""
+"""Style Block Injector in one call of the UNet, against the oracle: other replacements and overrides on its layers, sides
+and batches, several references, masks, and what it leaves behind."""
 
 from __future__ import annotations
 
 import pytest
 import style_oracle as oracle
 import torch
-from style_parts import SIZE, adapters, blocks, call, encode, models, plan, texts, vision  # noqa: F401  fixtures
+from style_calls import SIZE, blocks, call, keys_values, plan
 
 STYLE = [("output", 1)]
 
@@ -31,16 +32,19 @@ def tokens(adapters):
 
 @pytest.fixture(scope="module")
 def due(models, adapters, tokens, encode, texts):
-    """One call with style at a weight, by the oracle."""
+    """One call with the style of `encode(1)` at a weight, by the oracle; each is computed once."""
+    made = {}
 
-    def computed(weight=1.0, style=None, names=STYLE, model=None, **options):
-        model = model or models["sdxl"][0]
-        unet = model.model.diffusion_model
-        sides = options.get("sides", (1, 0))
-        cond, uncond = tokens(encode(1) if style is None else style)
-        weights = dict.fromkeys(blocks(unet, *names), weight)
-        with oracle.injected(unet, plan(unet, adapters("base", "sdxl")[1], weights, cond, uncond, sides)):
-            return call(model, texts["sdxl"], **options)
+    def computed(weight=1.0, sides=(1, 0), count=1):
+        key = (weight, sides, count)
+        if key not in made:
+            model = models["sdxl"][0]
+            unet = model.model.diffusion_model
+            weights = dict.fromkeys(blocks(unet, *STYLE), weight)
+            laid = plan(unet, adapters("base", "sdxl")[1], weights, *tokens(encode(1)), sides)
+            with oracle.injected(unet, laid):
+                made[key] = call(model, texts["sdxl"], sides=sides, count=count)
+        return made[key]
 
     return computed
 
@@ -58,7 +62,7 @@ def halved(q, k, v, extra_options):
 
 @pytest.mark.parametrize("key", [(), (3,)], ids=["whole block", "one layer"])
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
-def test_other_replacements_keep_working(key, first, models, inject, due, texts):
+def test_other_replacements_keep_working(key, first, models, adapters, tokens, encode, inject, due, texts):
     """Theirs alone, ours alone and both: what ours adds is the same, whoever came first."""
     model = models["sdxl"][0]
     replace = (halved, "attn2", "output", 1, *key)
@@ -72,34 +76,30 @@ def test_other_replacements_keep_working(key, first, models, inject, due, texts)
     # The oracle: their half is a layer whose own attention counts half.
     changed = {layer for layer in oracle.modules(unet) if layer[:3] == ("output", 1, *(key or layer[2:]))}
     assert len(changed) == (1 if key else 10)
-    original = oracle.attention
-
     with torch.inference_mode():
         alone = call(theirs, texts["sdxl"])
     assert not close(made, alone) and not close(made, due())
     # Ours off (weight 0) leaves exactly theirs.
     assert torch.equal(call(inject(theirs, weight=0.0), texts["sdxl"]), alone)
     # A replacement that computes both by hand, without ours.
-    import types
-
     from comfy.ldm.modules.attention import optimized_attention
 
-    style = next(iter(both.wrappers["apply_model"].values()))[0].__self__
-    options = types.SimpleNamespace(sides=(0, 1))
+    parts, numbers = adapters("base", "sdxl")[1], oracle.numbers(unet)
+    cond, uncond = tokens(encode(1))
 
     def by_hand(layer):
-        kv = style.layers[layer]
+        (k, v), empty = (keys_values(parts, numbers[layer], side) for side in (cond, uncond))
+        pictures = torch.cat([empty[0], k]), torch.cat([empty[1], v])  # the negative side stands first
 
         def run(q, k, v, extra):
             part = 0.5 if layer in changed else 1.0
-            pictures = torch.cat([kv.k[side] for side in options.sides]), torch.cat([kv.v[s] for s in options.sides])
-            return part * optimized_attention(q, k, v, extra["n_heads"]) + original(
-                q.double(), *(t.double() for t in pictures), extra["n_heads"]).to(q.dtype)  # fmt: skip
+            return part * optimized_attention(q, k, v, extra["n_heads"]) + oracle.attention(
+                q.double(), *pictures, extra["n_heads"]).to(q.dtype)  # fmt: skip
 
         return run
 
     hand = model.clone()
-    for layer in style.layers:
+    for layer in blocks(unet, *STYLE):
         hand.set_model_attn2_replace(by_hand(layer), layer[0], layer[1], layer[2])
     assert close(made, call(hand, texts["sdxl"]))
 
