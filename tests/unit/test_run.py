@@ -82,8 +82,9 @@ ONLY_LIVE = ["tests/browser", "tests/server", "-o", "cache_dir=.pytest_cache/liv
 
 
 @pytest.mark.parametrize(("given", "extra"), [
-    ([], []), (["tests"], []), (["tests/", "-q"], ["-q"]), (["-k", "weights or x", "-vv"], ["-k", "weights or x", "-vv"]),
-    (["-k", "weights"], ["-k", "weights"]), (["-k", "tests", "--durations=5"], ["-k", "tests", "--durations=5"])])
+    ([], []), (["tests"], []), (["tests/", "-q"], ["-q"]), (["-k", "weights"], ["-k", "weights"]),
+    (["-k", "weights or x", "-vv"], ["-k", "weights or x", "-vv"]),
+    (["-k", "tests", "--durations=5"], ["-k", "tests", "--durations=5"])])
 def test_all_tests_run_in_two_parts(given, extra):
     """A folder is a path only where it is not the value of -k."""
     assert [part.arguments for part in parts.parts_of(given)] == [REST + extra, ONLY_LIVE + extra]
