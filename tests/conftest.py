@@ -7,7 +7,6 @@ to the host. So the tests import the pack the way the host does, by path, under 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -51,11 +50,3 @@ def client(server):
     """A Client of its own for each test, on the one server."""
     with _live().runner("client").Client(server.url) as talk:
         yield talk
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Tells run.py how many tests had which outcome, for the last line, which sums up several pytests."""
-    path = os.environ.get("STYLELOOM_COUNTS")
-    if path:
-        counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items() if kind}
-        Path(path).write_text(json.dumps(counts), encoding="utf-8")

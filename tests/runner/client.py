@@ -34,7 +34,6 @@ class Client:
         self.url, self.timeout, self.id = url, timeout, uuid.uuid4().hex
         self._events: list[dict] = []
         self._news = threading.Condition()
-        self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._listener: asyncio.Task | None = None
         self._lost: str | None = None
         self._loop = asyncio.new_event_loop()
@@ -58,7 +57,8 @@ class Client:
             raise HostError(200, answer)
         return answer["prompt_id"]
 
-    def follow(self, prompt_id: str, on_event: Callable[[dict], None] | None = None, timeout: float = 600) -> list[dict]:
+    def follow(self, prompt_id: str, on_event: Callable[[dict], None] | None = None,
+               timeout: float = 600) -> list[dict]:
         """Waits for the end of a prompt; returns its events, each {"type": ..., "data": {...}}, in order.
 
         The last one is execution_success, execution_error or execution_interrupted. `on_event(event)` is called
@@ -152,11 +152,11 @@ class Client:
             return
         try:
             # No limit on a message: the host sends previews the same way.
-            self._socket = await self._session.ws_connect(f"{self.url}/ws", params={"clientId": self.id}, max_msg_size=0)
+            socket = await self._session.ws_connect(f"{self.url}/ws", params={"clientId": self.id}, max_msg_size=0)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise ConnectionError(f"the host would not open a websocket: {error!r}") from error
         self._lost = None
-        self._listener = asyncio.create_task(self._drain(self._socket))
+        self._listener = asyncio.create_task(self._drain(socket))
 
     async def _drain(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         lost = "it closed the connection"

@@ -22,6 +22,18 @@ LIVE = ("tests/browser", "tests/server")
 DIVISIBLE = re.compile(r"-q+|-v+|-r\w+|--tb=\w+|--durations=\d+|--color=\w+|--lf|--last-failed")
 WITH_VALUE = ("-k", "-m")
 NOTHING_FOUND = 5  # pytest's exit status when no test was selected
+# Not `python -m pytest`: see Environment.path_setup. The first argument is where the counts go, the rest is pytest's.
+PYTEST = """
+import json, pytest
+
+class Counts:
+    def pytest_terminal_summary(self, terminalreporter):
+        counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items() if kind}
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            json.dump(counts, file)
+
+raise SystemExit(pytest.main(sys.argv[2:], plugins=[Counts()]))
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,6 @@ def run(environment: Environment, env: dict[str, str], parts: list[Part]) -> int
 
     The first one's output is shown as it comes, another's when all have ended.
     """
-    code = "import pytest\nraise SystemExit(pytest.main(sys.argv[1:]))"  # not -m: see Environment.path_setup
     processes, outputs, counts = [], [], []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -73,9 +84,9 @@ def run(environment: Environment, env: dict[str, str], parts: list[Part]) -> int
         for i, part in enumerate(parts):
             counts.append(folder / f"{i}.json")
             outputs.append(stack.enter_context(tempfile.TemporaryFile()) if i else None)
-            processes.append(subprocess.Popen(environment.command(code, *part.arguments), cwd=ROOT, stdout=outputs[i],
-                                              stderr=subprocess.STDOUT if i else None,
-                                              env=env | {"STYLELOOM_COUNTS": str(counts[i])}))
+            command = environment.command(PYTEST, str(counts[i]), *part.arguments)
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=outputs[i],
+                                              stderr=subprocess.STDOUT if i else None))
         await_all(processes, f"\nThe {parts[-1].name} are still running …")
         for part, output in zip(parts[1:], outputs[1:]):
             say(f"\n=== {part.name} ===")

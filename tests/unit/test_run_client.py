@@ -144,7 +144,8 @@ def test_a_refused_prompt_carries_the_hosts_answer(talk, status):
 
 def test_answers_of_every_kind(talk):
     assert talk.get("/plain") == "grün" and talk.interrupt() is None
-    assert talk.view("a b&c.png", "ü", "temp") == repr({"filename": "a b&c.png", "subfolder": "ü", "type": "temp"}).encode()
+    query = {"filename": "a b&c.png", "subfolder": "ü", "type": "temp"}
+    assert talk.view(**query) == repr(query).encode()
     with pytest.raises(client.HostError) as error:
         talk.get("/plain?status=503")
     assert error.value.status == 503 and error.value.body == "grün"
