@@ -22,8 +22,8 @@ SHARED_START = 0.8  # mean squared cosine above which the LoRAs must have starte
 def changes_of(
     target: Hashable, loras: tuple[CanonicalLoRA, CanonicalLoRA], strengths: tuple[float, float]
 ) -> list[ThinSVD | None]:
-    """Content's and style's change of a layer, strengths included; None where there is none, or it is zero (untrained, or
-    strength 0)."""
+    """Content's and style's change of a layer, strengths included; None where there is none, or it is zero (untrained,
+    or strength 0)."""
     found: list[ThinSVD | None] = []
     for lora, strength in zip(loras, strengths):
         adapter = lora.adapters.get(target)
@@ -33,7 +33,7 @@ def changes_of(
 
 
 def figures(m: Moments, masks: Masks) -> list[dict]:
-    """What a report says of each layer, by the names of `LayerReport`, from moments and masks that stand side by side."""
+    """What a report says of each layer, by the names of `LayerReport`; moments and masks stand side by side."""
     ones = Masks(torch.ones_like(m.alpha), torch.ones_like(m.beta))
     sizes = [squared.clamp_min(0).sqrt() for squared in squared_sizes(m, masks)]
     losses = own_loss(m, masks), own_loss(m, ones)
@@ -99,8 +99,8 @@ def warn_of_shared_start(merged: MergedLayers) -> None:
     overlap = sum(overlaps) / len(overlaps) if overlaps else 0.0
     if overlap > SHARED_START:
         merged.warnings.append(
-            f"the two LoRAs read nearly the same inputs in every layer (mean squared cosine {overlap:.2f}): most likely "
-            "they were trained from the same random start (same seed and trainer), or one from the other. The files then "
-            "do not tell what belongs to which, and every mask goes towards one half. Use a lower separation, or the mode "
-            "calibrated or train."
+            f"the two LoRAs read nearly the same inputs in every layer (mean squared cosine {overlap:.2f}): most "
+            "likely they were trained from the same random start (same seed and trainer), or one from the other. The "
+            "files then do not tell what belongs to which, and every mask goes towards one half. Use a lower "
+            "separation, or the mode calibrated or train."
         )

@@ -1,5 +1,5 @@
-"""Two whole LoRAs with every shared layer held in the gauge: for the modes that measure or train with a model. Mode fast
-does without (fast.py)."""
+"""Two whole LoRAs with every shared layer held in the gauge: for the modes that measure or train with a model. Mode
+fast does without (fast.py)."""
 
 from __future__ import annotations
 

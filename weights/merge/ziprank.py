@@ -189,8 +189,8 @@ def squared_sizes(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def keep_strength(m: Moments, masks: Masks) -> Masks:
-    """Both masks raised by one factor a layer, at most `STRENGTH_GAIN`, where each error's fear of the other LoRA made them
-    sag."""
+    """Both masks raised by one factor a layer, at most `STRENGTH_GAIN`, where each error's fear of the other LoRA made
+    them sag."""
     mean = sum(gains(m, masks)) / 2
     return masks.scaled(torch.where(mean > 0, 1 / mean, STRENGTH_GAIN).clamp(1.0, STRENGTH_GAIN)[..., None])
 
