@@ -117,8 +117,8 @@ def memory_ours(rank: int) -> dict:
     result = fast(content, style)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
     held = size_mb(content, style, result)
-    return {"what": "memory", "rank": rank, "files_mb": round(size_mb(content, style)), "result_mb": round(size_mb(result)),
-            "peak_with_the_files_alone_mb": round(with_files), "peak_mb": round(peak),
+    return {"what": "memory", "rank": rank, "files_mb": round(size_mb(content, style)),
+            "result_mb": round(size_mb(result)), "peak_with_the_files_alone_mb": round(with_files), "peak_mb": round(peak),
             "peak_over_files_and_result": round(peak / held, 3), "threads": torch.get_num_threads()}
 
 

@@ -89,9 +89,8 @@ def test_the_box_solver_meets_the_conditions_of_an_optimum(seed, size, rank, dty
     floor = 100 * torch.finfo(dtype).eps * size * float(system.trace() + right.norm())
     enough = max(1e-9 * float(right.norm()), floor)
     low, high = -0.5, 1.5
-    z = minimise_in_box(
-        system.to(dtype).mv, right.to(dtype), system.diagonal().to(dtype), torch.ones(size, dtype=dtype), low, high, enough
-    ).to(F64)
+    ones, small = torch.ones(size, dtype=dtype), system.to(dtype)
+    z = minimise_in_box(small.mv, right.to(dtype), small.diagonal(), ones, low, high, enough).to(F64)
     assert float(z.min()) >= low and float(z.max()) <= high
     slope = system @ z - right
     assert gap(slope, z, low, high) <= 2 * enough

@@ -294,7 +294,8 @@ def test_the_kernel_comes_from_the_lora_that_knows_it_or_from_the_model():
         assert prepare(*loras, (1.0, 1.0), prior).kernels == [(3, 3)]
         assert merge_fast(*loras, (1.0, 1.0), prior, 0.7, True).adapters[target].kernel == (3, 3)
         assert merge_many(loras, [1.0, 1.0], "sum", Options()).adapters[target].kernel == (3, 3)
-    shapes = [read_lora(loha_conv(seed), "x", {CONV: "conv.weight"}, lambda key: (8, 4, 3, 3)) for seed in (1, 2)]
+    names = {CONV: "conv.weight"}
+    shapes = [read_lora(loha_conv(seed), "x", names, lambda key: (8, 4, 3, 3)) for seed in (1, 2)]
     assert prepare(*shapes, (1.0, 1.0)).kernels == [(3, 3)]
     unknown = [read_lora(part, "x", {CONV: "conv.weight"}) for part in (loha_conv(), locon())]
     assert prepare(*unknown, (1.0, 1.0)).kernels == [(3, 3)]
@@ -333,7 +334,8 @@ def test_calibration_without_measurements_is_the_masks_alone(separation):
 
 
 def test_masks_as_one_vector_and_back():
-    prepared = prepare(*read(lora(Q, K, rank=4), lora(Q, K, rank=3, seed=1)), (1.0, 1.0), layer_prior("soft", "sdxl")[0])
+    loras = read(lora(Q, K, rank=4), lora(Q, K, rank=3, seed=1))
+    prepared = prepare(*loras, (1.0, 1.0), layer_prior("soft", "sdxl")[0])
     masks = solve_prepared(prepared, 0.7, True)
     vector = MaskVector(prepared, masks)
     again = vector.masks(vector.start, masks)

@@ -147,8 +147,8 @@ def test_the_closed_form_is_the_big_solve_where_the_box_does_not_bind(pair, prio
 @TIGHT
 @given(layers(), st.sampled_from([(1.0, 1.0), (1.5, 1.0), (0.2, 3.0)]))
 def test_the_closed_form_is_the_best_in_the_box(pair, prior):
-    """By the certificate of a convex problem, from autograd on dense matrices: no masks in [0, 1] are better by more than
-    Σ max over z in the box of slopeᵢ (xᵢ − zᵢ)."""
+    """By the certificate of a convex problem, from autograd on dense matrices: no masks in [0, 1] are better by more
+    than Σ max over z in the box of slopeᵢ (xᵢ − zᵢ)."""
     (a, u), (b, w) = pair
     gauge = principal_gauge(*both(pair))
     masks = solve_masks(moments(gauge), *prior)

@@ -105,8 +105,8 @@ def check_sizes(loras: list[CanonicalLoRA], weight_shape: WeightShape | None) ->
             other = lora.adapters[target]
             if other.shape != adapter.shape:
                 raise StyleLoomError(
-                    f"{name_of(target)} is {list(adapter.weight_shape)} in {first.label} and {list(other.weight_shape)} "
-                    f"in {lora.label}: these LoRAs are for two different models",
+                    f"{name_of(target)} is {list(adapter.weight_shape)} in {first.label} and "
+                    f"{list(other.weight_shape)} in {lora.label}: these LoRAs are for two different models",
                     "LoRAs for one base model",
                     "Choose LoRAs that were trained on the same base model.",
                 )

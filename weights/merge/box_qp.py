@@ -1,8 +1,8 @@
 """Convex quadratic problems in a box, by products alone.
 
-MPRGP (Dostál and Schöberl, 2005): conjugate gradients on the free variables, a projected gradient step where a bound is
-hit, and a release of bounds where that promises more. It ends with a certificate, not with a count of rounds: for a convex
-f, f(x) − min f is at most the Frank-Wolfe gap Σ_i max over z in the box of gᵢ (xᵢ − zᵢ).
+MPRGP (Dostál and Schöberl, 2005): conjugate gradients on the free variables, a projected gradient step where a bound
+is hit, and a release of bounds where that promises more. It ends with a certificate, not with a count of rounds: for a
+convex f, f(x) − min f is at most the Frank-Wolfe gap Σ_i max over z in the box of gᵢ (xᵢ − zᵢ).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def minimise_in_box(
     """argmin ½ xᵀ Q x − gᵀ x over [low, high]ⁿ.
 
     Args:
-        product: x → Q x, Q positive semidefinite. right: g. diagonal: of Q, for the scaling. All (n,) of one float dtype.
+        product: x → Q x, Q positive semidefinite. right: g. diagonal: of Q, for the scaling. All (n,) of one dtype.
         start: where to begin. Variables that Q does not see (diagonal 0) stay there.
         enough: the gap, in units of the problem's value, at which x is good enough.
     """

@@ -1,10 +1,11 @@
-"""ZipRank fast: two whole LoRAs, one pass. The masks of a layer depend on no other layer, so each layer is read, solved,
-built and cast to the dtype of the file before it is handed on, and no factors of other layers are held meanwhile."""
+"""ZipRank fast: two whole LoRAs, one pass. The masks of a layer depend on no other layer, so a few layers at a time are
+read, solved, built and cast to the dtype of the file, and no float32 factors of other layers are held meanwhile."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,10 +14,26 @@ from ..lora.reading import CanonicalLoRA
 from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
 from .gauge import principal_gauge
-from .one_layer import changes_of, merged_layer, single_layer, warn_of_shared_start
+from .one_layer import changes_of, figures, merged_layer, single_layer, warn_of_shared_start
 from .priors import Prior
 from .result import LayerReport, MergedLayers
-from .ziprank import DUAL_GAIN, masks_at, moments, ridge_for
+from .ziprank import DUAL_GAIN, masks_at, masks_of, moments, ridge_for, stack
+
+
+AT_ONCE = 8  # layers: their masks are solved side by side, which takes no longer than those of one
+
+
+@dataclass
+class _Done:
+    """A layer that is through: what was made of it, if anything, and which LoRA has a change of zero there."""
+
+    target: Hashable
+    empty: list[bool]
+    made: LowRank | None = None
+    report: LayerReport | None = None
+
+    def take(self, made: LowRank, report: LayerReport) -> None:
+        self.made, self.report = made, report
 
 
 def merge_fast(
@@ -43,33 +60,43 @@ def merge_fast(
     """
     loras = (content, style)
 
-    def one(target: Hashable) -> tuple[LowRank | None, LayerReport | None, list[bool]]:
-        found, weights = changes_of(target, loras, strengths), prior(target)
-        empty = [change is None and target in lora.adapters for change, lora in zip(found, loras)]
-        made = report = None
-        if None not in found:
-            gauge = principal_gauge(*found)
-            m = moments(gauge)
-            masks = masks_at(m, *weights, separation, keep, ridge_for(gauge.up_c.dtype), DUAL_GAIN)
-            made, report = merged_layer(gauge, m, masks, max_rank)
-        else:
+    def few(targets: list[Hashable]) -> list[_Done]:
+        done, gauges = {}, {}
+        for target in targets:
+            found, weights = changes_of(target, loras, strengths), prior(target)
+            empty = [change is None and target in lora.adapters for change, lora in zip(found, loras)]
+            done[target] = _Done(target, empty)
+            if None not in found:
+                gauges[target] = principal_gauge(*found)
             for index, change in enumerate(found):
-                if change is not None and weights[index] > 0:
-                    made, report = single_layer(loras[index].adapters[target], strengths[index], index, max_rank)
-        if made is not None:
-            kernel = common_kernel(target, [lora.adapters.get(target) for lora in loras])
-            down, up = (made.down, made.up) if dtype is None else (made.down.to(dtype), made.up.to(dtype))
-            made = replace(made, down=down, up=up, kernel=kernel)
-        return made, report, empty
+                if target not in gauges and change is not None and weights[index] > 0:
+                    adapter = loras[index].adapters[target]
+                    done[target].take(*single_layer(adapter, strengths[index], index, max_rank))
+        if gauges:
+            m = stack([moments(gauge) for gauge in gauges.values()])
+            p_c, p_s = torch.tensor([prior(target) for target in gauges], dtype=torch.float64).T[..., None]
+            ridge = ridge_for(next(iter(gauges.values())).up_c.dtype)
+            masks = masks_at(m, p_c, p_s, separation, keep, ridge, DUAL_GAIN)
+            for index, ((target, gauge), figure) in enumerate(zip(gauges.items(), figures(m, masks))):
+                done[target].take(*merged_layer(gauge, masks_of(masks, index, gauge), figure, max_rank))
+        for target, layer in done.items():
+            if layer.made is not None:
+                kernel = common_kernel(target, [lora.adapters.get(target) for lora in loras])
+                down, up = layer.made.down, layer.made.up
+                if dtype is not None:
+                    down, up = down.to(dtype), up.to(dtype)
+                layer.made = replace(layer.made, down=down, up=up, kernel=kernel)
+        return list(done.values())
 
     result, empty = MergedLayers(), [0, 0]
     targets = all_targets(loras)
-    with map_single_threaded(one, targets, at_once=8) as done:
-        for target, (made, report, nothing) in zip(targets, done):
+    chunks = [targets[first : first + AT_ONCE] for first in range(0, len(targets), AT_ONCE)]
+    with map_single_threaded(few, chunks) as chunks_done:
+        for layer in itertools.chain.from_iterable(chunks_done):
             on_step()
-            empty = [count + change for count, change in zip(empty, nothing)]
-            if made is not None:
-                result.adapters[target], result.reports[target] = made, report
+            empty = [count + nothing for count, nothing in zip(empty, layer.empty)]
+            if layer.made is not None:
+                result.adapters[layer.target], result.reports[layer.target] = layer.made, layer.report
     result.notes += empty_lines(loras, empty)
     warn_of_shared_start(result)
     return result

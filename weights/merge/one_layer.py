@@ -22,8 +22,8 @@ SHARED_START = 0.8  # mean squared cosine above which the LoRAs must have starte
 def changes_of(
     target: Hashable, loras: tuple[CanonicalLoRA, CanonicalLoRA], strengths: tuple[float, float]
 ) -> list[ThinSVD | None]:
-    """Content's and style's change of a layer, strengths included; None where there is none, or it is zero (untrained, or
-    strength 0)."""
+    """Content's and style's change of a layer, strengths included; None where there is none, or it is zero (untrained,
+    or strength 0)."""
     found: list[ThinSVD | None] = []
     for lora, strength in zip(loras, strengths):
         adapter = lora.adapters.get(target)
@@ -32,36 +32,48 @@ def changes_of(
     return found
 
 
-def merged_layer(gauge: Gauge, m: Moments, masks: Masks, max_rank: int = 0) -> tuple[LowRank, LayerReport]:
-    """The merged change of a layer that both LoRAs have, and its figures.
+def figures(m: Moments, masks: Masks) -> list[dict]:
+    """What a report says of each layer, by the names of `LayerReport`; moments and masks stand side by side."""
+    ones = Masks(torch.ones_like(m.alpha), torch.ones_like(m.beta))
+    sizes = [squared.clamp_min(0).sqrt() for squared in squared_sizes(m, masks)]
+    losses = own_loss(m, masks), own_loss(m, ones)
+    on_content, _, _, on_style = masks.responses(m.cosines)
+    n = m.cosines.shape[-1]
+    effective, ranks = [], []
+    for power, mask, paired in ((m.alpha, masks.content, on_content), (m.beta, masks.style, on_style)):
+        there = power > 0  # what fills the shorter layers up weighs nothing
+        effective.append((torch.cat((paired, mask[..., n:]), -1) * there).sum(-1))
+        ranks.append(there.sum(-1))
+    overlap = m.cosines.square().sum(-1) / torch.minimum(*ranks)
+    columns = [torch.stack(pair, -1).tolist() for pair in (gains(m, masks), effective, sizes, losses)]
+    return [
+        {
+            "kept": tuple(kept),
+            "effective": tuple(both),
+            "size": size,
+            "sum_size": plain,
+            "loss": loss,
+            "loss_sum": loss_sum,
+            "overlap": cosine,
+        }
+        for kept, both, (size, plain), (loss, loss_sum), cosine in zip(*columns, overlap.tolist())
+    ]
+
+
+def merged_layer(gauge: Gauge, masks: Masks, figure: dict, max_rank: int = 0) -> tuple[LowRank, LayerReport]:
+    """The merged change of a layer that both LoRAs have, and its report.
 
     Args:
-        m, masks: of this layer alone.
+        masks: of this layer alone.
+        figure: of this layer, out of `figures`.
         max_rank: 0 keeps every direction that a mask leaves; else the best approximation of that rank.
     """
     made, energy = cut(build(gauge, masks), max_rank)
-    size, plain = (float(squared.clamp_min(0)) for squared in squared_sizes(m, masks))
-    kept, loss = tuple(float(gain) for gain in gains(m, masks)), float(own_loss(m, masks))
+    chance = min(1.0, max(gauge.up_c.shape[1], gauge.up_s.shape[1]) / gauge.down_c.shape[1])
+    report = LayerReport(rank=made.rank, energy=energy, chance=chance, **figure)
     if energy < 1:
-        kept, loss = on_own_inputs(made, gauge)
-    ones = Masks(torch.ones_like(m.alpha), torch.ones_like(m.beta))
-    n = m.cosines.numel()
-    on_content, _, _, on_style = masks.responses(m.cosines)
-    report = LayerReport(
-        rank=made.rank,
-        kept=kept,
-        size=(size * energy) ** 0.5,
-        sum_size=plain**0.5,
-        energy=energy,
-        loss=loss,
-        loss_sum=float(own_loss(m, ones)),
-        effective=(
-            float(on_content.sum() + masks.content[n:].sum()),
-            float(on_style.sum() + masks.style[n:].sum()),
-        ),
-        overlap=float(m.cosines.square().mean()),
-        chance=min(1.0, max(m.alpha.numel(), m.beta.numel()) / gauge.down_c.shape[1]),
-    )
+        report.kept, report.loss = on_own_inputs(made, gauge)
+        report.size *= energy**0.5
     return made, report
 
 
@@ -87,8 +99,8 @@ def warn_of_shared_start(merged: MergedLayers) -> None:
     overlap = sum(overlaps) / len(overlaps) if overlaps else 0.0
     if overlap > SHARED_START:
         merged.warnings.append(
-            f"the two LoRAs read nearly the same inputs in every layer (mean squared cosine {overlap:.2f}): most likely "
-            "they were trained from the same random start (same seed and trainer), or one from the other. The files then "
-            "do not tell what belongs to which, and every mask goes towards one half. Use a lower separation, or the mode "
-            "calibrated or train."
+            f"the two LoRAs read nearly the same inputs in every layer (mean squared cosine {overlap:.2f}): most "
+            "likely they were trained from the same random start (same seed and trainer), or one from the other. The "
+            "files then do not tell what belongs to which, and every mask goes towards one half. Use a lower "
+            "separation, or the mode calibrated or train."
         )

@@ -59,6 +59,6 @@ def folded_line(adapters: Container[Hashable], other: Parts) -> list[str]:
     if not both:
         return []
     return [
-        f"{len(both)} layers have a low-rank change in one LoRA and a full difference in another: each is written as one "
-        "full difference, which is exact and makes a larger file"
+        f"{len(both)} layers have a low-rank change in one LoRA and a full difference in another: each is written as "
+        "one full difference, which is exact and makes a larger file"
     ]

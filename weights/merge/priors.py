@@ -1,7 +1,7 @@
 """Layer priors: which blocks of a model speak for content, which for style.
 
-A prior is a weight for each of the two errors of a layer, so it decides only where the two LoRAs conflict. A weight of 0
-is more: that LoRA is left out of the block, in layers that only it has too. The blocks
+A prior is a weight for each of the two errors of a layer, so it decides only where the two LoRAs conflict. A weight of
+0 is more: that LoRA is left out of the block, in layers that only it has too. The blocks
 are SDXL's; sources: DuoLoRA (arXiv 2504.13206), B-LoRA (arXiv 2403.14572), InstantStyle (arXiv 2404.02733). They
 disagree about the blocks after the middle, so the default is soft.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -99,7 +99,7 @@ def result_lines(loras: list[CanonicalLoRA], merged: MergedLayers) -> list[str]:
 
 
 def size_lines(merged: MergedLayers) -> list[str]:
-    """The size (Frobenius norm) of the whole merged change beside that of the plain sum, and a warning above `LARGE`."""
+    """The size (Frobenius norm) of the merged change beside that of the plain sum, and a warning above `LARGE`."""
     reports = merged.reports.values()
     plain = math.sqrt(sum(r.sum_size**2 for r in reports))
     if plain == 0:
@@ -107,8 +107,8 @@ def size_lines(merged: MergedLayers) -> list[str]:
     ratio = math.sqrt(sum(r.size**2 for r in reports)) / plain
     if ratio > LARGE:
         merged.warnings.append(
-            f"the merged change is {ratio:.1f} times as large as the plain sum of the LoRAs, so it may overdo both. Use a "
-            "lower strength or separation, or another method."
+            f"the merged change is {ratio:.1f} times as large as the plain sum of the LoRAs, so it may overdo both. Use "
+            "a lower strength or separation, or another method."
         )
     return [f"size of the change: {ratio:.2f} times that of the plain sum"]
 

@@ -14,8 +14,8 @@ class LayerReport:
 
     Attributes:
         rank: In the merged LoRA.
-        kept: Of each LoRA, how much of it is left on its own inputs, ⟨L P_k, L_k⟩ / ‖L_k‖²: 1 is all. None: this LoRA has
-            no such layer.
+        kept: Of each LoRA, how much of it is left on its own inputs, ⟨L P_k, L_k⟩ / ‖L_k‖²: 1 is all. None: this LoRA
+            has no such layer.
         size, sum_size: ‖L‖ and ‖Σ L_k‖ (Frobenius), of the merged change and of the plain sum.
         energy: The share of ‖L‖² that a limit of the rank has kept.
         loss, loss_sum: Own-input loss of the merged change and of the plain sum (measure.py).

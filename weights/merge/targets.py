@@ -35,8 +35,8 @@ def name_of(target: Hashable) -> str:
 
 
 def plain_targets(lora: CanonicalLoRA) -> None:
-    """Carry out the functions of targets on the changes themselves, in place: f(up @ down) = f(up) @ down for a function
-    that reorders rows. Then one weight has one target, whatever names its LoRA has.
+    """Carry out the functions of targets on the changes themselves, in place: f(up @ down) = f(up) @ down for a
+    function that reorders rows. Then one weight has one target, whatever names its LoRA has.
 
     Raises:
         StyleLoomError: a function that does more than reorder rows; two adapters for one weight.

@@ -1,5 +1,5 @@
-"""Two whole LoRAs with every shared layer held in the gauge: for the modes that measure or train with a model. Mode fast
-does without (fast.py)."""
+"""Two whole LoRAs with every shared layer held in the gauge: for the modes that measure or train with a model. Mode
+fast does without (fast.py)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
 from .fast import empty_lines
 from .gauge import Gauge, principal_gauge
-from .one_layer import changes_of, merged_layer, single_layer, warn_of_shared_start
+from .one_layer import changes_of, figures, merged_layer, single_layer, warn_of_shared_start
 from .priors import EVEN, Prior
 from .result import MergedLayers
-from .ziprank import Masks, Moments, masks_at, moments, ridge_for, stack
+from .ziprank import Masks, Moments, masks_at, masks_of, moments, ridge_for, stack
 
 
 @dataclass
@@ -38,10 +38,7 @@ class Prepared:
 
     def layer_masks(self, masks: Masks, index: int) -> Masks:
         """The masks of one layer, without what fills them up."""
-        gauge = self.gauges[index]
-        n = gauge.cosines.numel()
-        crosses = (None if cross is None else cross[index, :n] for cross in masks[2:])
-        return Masks(masks.content[index, : gauge.up_c.shape[1]], masks.style[index, : gauge.up_s.shape[1]], *crosses)
+        return masks_of(masks, index, self.gauges[index])
 
 
 def prepare(
@@ -112,9 +109,10 @@ def assemble(prepared: Prepared, masks: Masks | None, max_rank: int = 0) -> Merg
     """
     result = MergedLayers(notes=list(prepared.notes))
 
+    each = [] if masks is None else figures(prepared.moments, masks)
+
     def one(index: int):
-        gauge = prepared.gauges[index]
-        return merged_layer(gauge, moments(gauge), prepared.layer_masks(masks, index), max_rank)
+        return merged_layer(prepared.gauges[index], prepared.layer_masks(masks, index), each[index], max_rank)
 
     with map_single_threaded(one, range(len(prepared.targets)), at_once=8) as done:
         for target, kernel, (made, report) in zip(prepared.targets, prepared.kernels, done):

@@ -83,15 +83,22 @@ class Moments(NamedTuple):
 
 def moments(gauge: Gauge) -> Moments:
     """α, β, κ and d of a gauge."""
-    pairs = gauge.cosines.numel()
-    up_c, up_s = gauge.up_c.double(), gauge.up_s.double()
-    kappa = (up_c[:, :pairs] * up_s[:, :pairs]).sum(0)
-    return Moments(up_c.square().sum(0), up_s.square().sum(0), kappa, gauge.cosines.double())
+    pairs, wide = gauge.cosines.numel(), torch.float64
+    kappa = (gauge.up_c[:, :pairs] * gauge.up_s[:, :pairs]).sum(0, dtype=wide)
+    alpha, beta = (up.square().sum(0, dtype=wide) for up in (gauge.up_c, gauge.up_s))
+    return Moments(alpha, beta, kappa, gauge.cosines.double())
 
 
 def stack(each: list[Moments]) -> Moments:
     """Moments of many layers as one, filled up with zeros."""
     return Moments(*(pad_sequence(list(column), batch_first=True) for column in zip(*each)))
+
+
+def masks_of(masks: Masks, index: int, gauge: Gauge) -> Masks:
+    """One layer's masks out of those of many, without what fills them up."""
+    n = gauge.cosines.numel()
+    crosses = (None if cross is None else cross[index, :n] for cross in masks[2:])
+    return Masks(masks.content[index, : gauge.up_c.shape[1]], masks.style[index, : gauge.up_s.shape[1]], *crosses)
 
 
 def _best_in_box(h11, h12, h22, g1, g2, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,8 +189,8 @@ def squared_sizes(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def keep_strength(m: Moments, masks: Masks) -> Masks:
-    """Both masks raised by one factor a layer, at most `STRENGTH_GAIN`, where each error's fear of the other LoRA made them
-    sag."""
+    """Both masks raised by one factor a layer, at most `STRENGTH_GAIN`, where each error's fear of the other LoRA made
+    them sag."""
     mean = sum(gains(m, masks)) / 2
     return masks.scaled(torch.where(mean > 0, 1 / mean, STRENGTH_GAIN).clamp(1.0, STRENGTH_GAIN)[..., None])
 

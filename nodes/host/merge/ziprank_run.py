@@ -42,7 +42,9 @@ class ZipRank:
         for index, lora in enumerate(self.loras):
             absent = sum(self.prior(target)[index] == 0 for target in lora.adapters)
             if absent:
-                self.notes.append(f"{lora.label}: left out of {absent} layers, as the prior gives it a weight of 0 there")
+                self.notes.append(
+                    f"{lora.label}: left out of {absent} layers, as the prior gives it a weight of 0 there"
+                )
 
     def _check_needs(self) -> None:
         lacking = [name for name in ("model", "clip") if getattr(self, name) is None]
@@ -110,7 +112,8 @@ class ZipRank:
             return None
         if self.mode == CALIBRATED:
             self.measured = model_modes.measure(self)
-            return solve_calibrated(self.prepared, self.measured, separation, keep, solve_prepared(self.prepared, 1.0, False))
+            start = solve_prepared(self.prepared, 1.0, False)
+            return solve_calibrated(self.prepared, self.measured, separation, keep, start)
         trained, masks = model_modes.learn(self, solve_prepared(self.prepared, separation, keep))
         self.losses = trained.losses
         if trained.losses:

@@ -120,8 +120,8 @@ def low_rank(parts: Parts, stem: str) -> LowRank:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity. A sum keeps nothing and is finite unless a part is not, or the
-    parts are huge; 8-bit floats have no sum of their own."""
+    """Whether a float tensor holds neither NaN nor infinity. A sum keeps nothing and is finite unless a part is not, or
+    the parts are huge; 8-bit floats have no sum of their own."""
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())

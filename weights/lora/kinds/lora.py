@@ -66,8 +66,8 @@ class LoRAKind(Kind):
         return tuple(parts["down" if parts.get("mid") is None else "mid"].shape[2:])
 
     def low_rank(self, parts: Parts) -> LowRank:
-        """Without a core in the file's own dtype and memory, with alpha/rank as the scale: a whole file in float32 would
-        be twice its size, and a merge widens one layer at a time."""
+        """Without a core in the file's own dtype and memory, with alpha/rank as the scale: a whole file in float32
+        would be twice its size, and a merge widens one layer at a time."""
         down, up, scale = parts["down"].flatten(1), parts["up"].flatten(1), self.scale(parts)
         if parts.get("mid") is not None:
             down = torch.einsum("oj...,ji->oi...", wide(parts["mid"]), wide(down)).flatten(1)

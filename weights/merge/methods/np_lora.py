@@ -1,8 +1,8 @@
 """NP-LoRA (arXiv 2511.11051): content is kept out of the inputs that style reads.
 
-L = L_s + L_c (I − μ/(1 + μ) V_sᵀ V_s), with the orthonormal rows V_s of the style LoRA. The paper has one content and one
-style. Our own extension to more LoRAs: each is kept out of the inputs of all that come after it, with an orthonormal
-basis of the space that their rows span.
+L = L_s + L_c (I − μ/(1 + μ) V_sᵀ V_s), with the orthonormal rows V_s of the style LoRA. The paper has one content and
+one style. Our own extension to more LoRAs: each is kept out of the inputs of all that come after it, with an
+orthonormal basis of the space that their rows span.
 """
 
 from __future__ import annotations
