@@ -106,8 +106,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if config.stash.get(_KIT_LEFT_OUT, 0):
         terminalreporter.write_line(
-            f"{config.stash[_KIT_LEFT_OUT]} tests of the kit were left out: they passed on this kit, this host and this "
-            f"torch before. To run them: name tests/host/{_KIT_TESTS}, or add --cache-clear.")
+            f"{config.stash[_KIT_LEFT_OUT]} tests of the kit were left out: they passed before on this kit, this host and "
+            f"this torch. To run them: name tests/host/{_KIT_TESTS}, or add --cache-clear.")
 
 
 def _host_folder() -> Path:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-# Relative, in the norm of the picture. Both sides of a comparison are float32 and add the same numbers in another order:
-# some hundred layers, each with a rounding of 6e-8 times the root of its sums' lengths (about ten), make some 1e-5.
+# Relative, in the norm of the picture. Both sides of a comparison are float32 and add the same numbers in another
+# order: some hundred layers, each with a rounding of 6e-8 times the root of its sums' lengths (about ten), make some
+# 1e-5.
 BOUND = 1e-4
 ONE = {"steps": 1}
 # The strengths of the LoRAs of both sides in `loras`.
@@ -63,7 +64,7 @@ def left_as_they_were(request, shared_models):
 
 @pytest.fixture(scope="module", autouse=True)
 def weights_as_they_were(shared_models):
-    """The same for the weights, after each file: the host keeps the patches of the last clone until it loads another."""
+    """The same for the weights, after each file: the host keeps a clone's patches until it loads another clone."""
     yield
     if not shared_models.models:
         return

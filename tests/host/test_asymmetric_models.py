@@ -1,4 +1,4 @@
-"""Asymmetric CFG on models as users have them loaded: compiled, offloaded, stored in 8 bits, with layers of another kind."""
+"""Asymmetric CFG on models as users have them loaded: compiled, offloaded, in 8 bits, with layers of another kind."""
 
 from __future__ import annotations
 

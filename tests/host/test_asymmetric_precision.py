@@ -19,8 +19,12 @@ def low(kit, benches, monkeypatch):
             made.set_inference_dtype(stored, torch.bfloat16 if stored == torch.float32 else None)
             return made
 
-        monkeypatch.setattr(kit.diffusion, "_config", config)
-        return kit.two_passes.Bench(benches(name).run, kit, name)
+        run = benches(name).run
+        with monkeypatch.context() as patch:
+            patch.setattr(kit.diffusion, "_config", config)
+            bench = kit.two_passes.Bench(run, kit, name)
+            bench.merged(), bench.merged(side="negative")  # made now, and not when they are first needed
+        return bench
 
     return make
 
@@ -30,11 +34,10 @@ def low(kit, benches, monkeypatch):
 def test_in_bfloat16(name, stored, benches, low, loras, distance):
     """Ours against two passes, each by its distance from the float32 truth, over eight seeds of noise.
 
-    One seed says little: on one machine the ratio of the two errors goes from 0.8 to 1.3, and which seed has which
-    ratio is the processor's matter (how it sums, and whether it rounds products first). So the errors are summed in
-    squares. The bound: ours rounds the LoRA's part apart from the layer's and then their sum, the merged pass rounds
-    the layer's output alone. The sum of two rounded terms has at most √3 of the error of one rounding (three roundings
-    of one size), whatever the processor. A LoRA that was left out, put on the wrong side or added in another place
+    One seed says little: which seed has which ratio of the two errors is the processor's matter (in which order it
+    sums, and whether it rounds products first). So the errors are summed in squares. The bound: the merged pass rounds
+    a layer's output once. Ours rounds the layer's part, the LoRA's part and their sum: three roundings, each at most of
+    that size, so at most three times the variance, whatever the processor. A LoRA that is left out or on the wrong side
     moves the result by more than that: the last assertion.
     """
     ours, truth = loras(name)

@@ -26,7 +26,8 @@ def inject(run_node, encode):
 
 def test_a_style_injected_under_two_lora_states(bench, inject, run_node, kit):
     """Against two models of their own, each with the style, one with the merged LoRA as well."""
-    loras = [run_node("StyleLoomLoadLoRA", lora_name=f"kit/sdxl_{role}.safetensors")[0] for role in ("content", "style")]
+    names = [f"kit/sdxl_{role}.safetensors" for role in ("content", "style")]
+    loras = [run_node("StyleLoomLoadLoRA", lora_name=name)[0] for name in names]
     merged = run_node("StyleLoomZipRankMerge", content_lora=loras[0], style_lora=loras[1])[0]
     both = {"positive_lora": merged, "negative_lora": loras[1], "negative_strength": 0.4, "sampling": STEPS}
     ours = bench.asymmetric(model=inject(bench.model), **both)

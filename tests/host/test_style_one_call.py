@@ -1,5 +1,5 @@
-"""Style Block Injector in one call of the UNet, against the oracle: other replacements and overrides on its layers, sides
-and batches, several references, masks, and what it leaves behind."""
+"""Style Block Injector in one call of the UNet, against the oracle: other replacements and overrides on its layers,
+sides and batches, several references, masks, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_masks(models, adapters, tokens, inject, encode, texts):
 
 
 def test_nothing_is_read_back_inside_a_layer(models, inject, texts):
-    """A value read back from the device is what makes a GPU wait: none with the whole schedule, one a call with a part."""
+    """A value read back from the device makes a GPU wait: none with the whole schedule, one a call with a part."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):

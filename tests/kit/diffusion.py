@@ -151,7 +151,8 @@ def flux2_small(seed: int = 0, **net) -> comfy.model_patcher.ModelPatcher:
         (r"modulation.*\.lin\.weight$", gain(0.6)),
         (r"time_in\..*\.weight$", gain(1.4)),
     ))
-    through_tokens(filled.img_in, filled.final_layer.linear, torch.eye(32).repeat_interleave(4, 1), 1.5, sizes=(0.8, 1.2))
+    through_tokens(filled.img_in, filled.final_layer.linear, torch.eye(32).repeat_interleave(4, 1), 1.5,
+                   sizes=(0.8, 1.2))
     return _patcher(model)
 
 

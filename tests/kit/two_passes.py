@@ -122,8 +122,8 @@ class Bench:
     def truth(self, positive_loras=(), negative_loras=(), latent=None, positive=None, negative=None, cfg=CFG,
               sampling=None, change: Callable = lambda model: model):
         """`change` is done to both models: what a node makes of a model, for instance."""
-        return self.two_models(change(self.merged(*positive_loras)), change(self.merged(*negative_loras, side="negative")),
-                               latent, positive, negative, cfg, sampling)
+        models = self.merged(*positive_loras), self.merged(*negative_loras, side="negative")
+        return self.two_models(*map(change, models), latent, positive, negative, cfg, sampling)
 
     def two_models(self, positive_model, negative_model, latent=None, positive=None, negative=None, cfg=CFG,
                    sampling=None):
