@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 
 from ...weights.row_adapters.rows import NEGATIVE, POSITIVE
 
+_COPY_OF = "styleloom_copy_of"
+
 
 def side_of_list(name: str) -> int:
     """The side of a guider's list of conditionings, by its name: "positive", "middle", "empty_negative_prompt", …"""
@@ -54,8 +56,9 @@ class BatchSides:
             for cond in listed or ():
                 if "uuid" not in cond:
                     continue
-                if self._given.get(cond["uuid"], side) != side:
-                    cond["uuid"] = uuid.uuid4()
+                if self._given.get(cond.get(_COPY_OF, cond["uuid"]), side) != side:
+                    if _COPY_OF not in cond:  # another of us may have seen it first
+                        cond[_COPY_OF], cond["uuid"] = cond["uuid"], uuid.uuid4()
                     copies.append((cond, side))
                 self.known[cond["uuid"]] = side
         return copies

@@ -3,8 +3,12 @@ leave what it has saved alone, and less memory."""
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 
 import torch
 import torch.utils.checkpoint
@@ -14,20 +18,32 @@ from .masked_lora import MaskedLoRA
 
 
 class AddOutOfPlace(TorchFunctionMode):
-    """While it is entered, `a += b` makes a new tensor where autograd would have to follow it.
+    """While it is entered and gradients are on, `a += b` makes a new tensor.
 
-    The host's Flux and FLUX.2 blocks write `img += …` into a tensor that was saved for the backward pass. The name is
-    bound to the result either way, so a sum beside it is the same for all that comes after; `a[…] += b` puts the sum
-    back into `a` itself. Only the operator is changed: `add_` and all other calls in place do what they always do.
-    Enter it around the backward pass too, in which checkpointed blocks are computed once more.
+    The host's Flux and FLUX.2 blocks write `img += …` into a tensor that autograd has saved for the backward pass, or
+    into the input of a checkpointed block, from which that block is computed again. The
+    operator binds the name to the result either way, and `a[…] += b` puts the sum back into `a`, so what follows is the
+    same. torch sees the operator as a call of `add_`; a call that is written so (`sim.add_(mask)`) throws its result
+    away and stays in place: the instruction of the caller tells them apart.
+
+    torch leaves such a mode for the time of a backward pass, so `Checkpointing` enters it again.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__iadd__ and torch.is_grad_enabled():
-            a, b = args
-            if a.requires_grad or (isinstance(b, torch.Tensor) and b.requires_grad):
-                return torch.add(a, b).to(a.dtype)
+        if func is torch.Tensor.add_ and not kwargs and len(args) == 2 and torch.is_grad_enabled():
+            caller = sys._getframe(1)
+            if _is_operator(caller.f_code, caller.f_lasti):
+                return torch.add(*args).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_operator(code: CodeType, at: int) -> bool:
+    """Whether the instruction at that offset is `+=`."""
+    for instruction in dis.get_instructions(code):
+        if instruction.offset == at:
+            return instruction.opname == "INPLACE_ADD" or instruction.argrepr == "+="  # Python 3.10, and later ones
+    return False
 
 
 def training_clone(model):
@@ -107,7 +123,8 @@ class Checkpointing:
                 now = self._lora.state()
                 self._lora.back_to(then)
                 try:
-                    return forward(*args, **kwargs)
+                    with AddOutOfPlace():
+                        return forward(*args, **kwargs)
                 finally:
                     self._lora.back_to(now)
 

@@ -194,8 +194,8 @@ def train(
                 loss = trainer.loss(number, cycle, vector.layers(z))
                 if prior_weight:
                     loss = loss + prior_weight * prior_loss(vector.shares(z), *prior)
-                optimizer.zero_grad()
-                loss.backward()
+            optimizer.zero_grad()
+            loss.backward()
         except comfy.model_management.InterruptProcessingException:
             logging.warning("StyleLoom: training was interrupted at step %d; the best masks so far are kept", number)
             return Trained(best.vector.cpu(), best.losses, best.step, number)
