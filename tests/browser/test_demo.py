@@ -37,13 +37,13 @@ def test_the_demo_runs_at_a_click_and_shows_its_pictures(client, open_frontend, 
             front.look_at(node, 0.6)
             if renderer == "vue":
                 picture = front.page.locator(f'[data-node-id="{node}"] img[src*="{image["filename"]}"]').first
-                picture.wait_for(timeout=15_000)
+                picture.wait_for()
                 shown = "img => [img.naturalWidth, img.naturalHeight]"
                 front.page.wait_for_function(f"img => ({shown})(img)[0] > 0", arg=picture.element_handle())
                 assert picture.evaluate(shown) == size
             else:
                 front.page.wait_for_function("id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0",
-                                             arg=int(node), timeout=15_000)
+                                             arg=int(node))
                 assert front.page.evaluate("id => { const i = app.graph.getNodeById(id).imgs[0]; "
                                            "return [i.naturalWidth, i.naturalHeight] }", int(node)) == size
         assert front.complaints == []

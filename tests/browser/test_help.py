@@ -23,4 +23,4 @@ def test_every_node_has_a_help_page_in_the_side_panel(client, front):
         heading = next(line for line in lines if line.startswith("#"))
         level, text = heading.split(" ", 1)
         panel = front.page.locator(".node-help-content")
-        panel.locator(f"h{len(level)}", has_text=text).first.wait_for(timeout=15_000)
+        panel.locator(f"h{len(level)}", has_text=text).first.wait_for()

@@ -23,7 +23,7 @@ def test_missing_models_are_offered_with_their_source(front, name):
     front.open(name, text_of(name))
     front.page.get_by_role("button", name="View details").click()
     for model in models:
-        front.page.get_by_role("button", name=f"Download {model}", exact=True).wait_for(timeout=15_000)
+        front.page.get_by_role("button", name=f"Download {model}", exact=True).wait_for()
     offered = front.page.get_by_role("button").evaluate_all("all => all.map(b => b.getAttribute('aria-label') || '')")
     offered = {label.removeprefix("Download ") for label in offered if label.startswith("Download ")}
     assert offered - {"all"} == set(models), "these, and none of another workflow"
