@@ -57,8 +57,8 @@ class MergeLoRAs(io.ComfyNode):
                     default="sum",
                     tooltip="sum: as loading them all. average: the sum of everything over the number of LoRAs. SVD: "
                     "the sum, cut to the largest of their ranks. TIES and DARE: entry by entry, slower, and cut to "
-                    "max_rank (the report says what is lost). ZipLoRA columns: masks from 0 to 2 over the inputs, slower. "
-                    "NP-LoRA: each is kept out of the inputs of those after it, so connect the style last. "
+                    "max_rank (the report says what is lost). ZipLoRA columns: masks from 0 to 2 over the inputs, "
+                    "slower. NP-LoRA: each is kept out of the inputs of those after it, so connect the style last. "
                     "router: mixes the ranks so that each LoRA acts on its own inputs.",
                 ),
                 io.Int.Input(

@@ -20,6 +20,12 @@ CONV = "lora_unet_input_blocks_4_0_in_layers_2"
 EVERYWHERE = {"preset": "custom patterns", "patterns": "*"}
 
 
+def product(change) -> torch.Tensor:
+    """What a `LowRank` stands for."""
+    down, up = change.factors()
+    return up @ down
+
+
 def random(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -43,9 +49,9 @@ def test_a_pair_is_one_everywhere(spelling):
     due = 2 * lora[LAYER + up] @ lora[LAYER + down]
     check_lora(lora, "a.safetensors")
     (adapter,) = read_lora(lora, "x").adapters.values()
-    assert torch.allclose(adapter.up @ adapter.down, due)
+    assert torch.allclose(product(adapter), due)
     ((name, pair),), rest = split_pairs(lora)[0].items(), split_pairs(lora)[1]
-    assert name == LAYER and rest == [] and torch.allclose(pair.up @ pair.down, due)
+    assert name == LAYER and rest == [] and torch.allclose(product(pair), due)
     half = filter_blocks(lora, inside=0.5, **EVERYWHERE).lora
     assert half.keys() == lora.keys() and float(half[f"{LAYER}.alpha"]) == 2
 
@@ -182,7 +188,7 @@ def test_a_target_with_swapped_rows():
     written = write_lora(found.adapters, found.other, [found], "", names, {})
     assert set(written) == {f"transformer.norm_out.linear.lora_{side}.weight" for side in "AB"}
     again = read_lora(written, "y", names).adapters[target]
-    assert torch.allclose(again.up @ again.down, found.adapters[target].up @ found.adapters[target].down)
+    assert torch.allclose(product(again), product(found.adapters[target]))
 
 
 def test_a_layer_that_a_control_lora_makes_wider_is_not_merged():

@@ -107,8 +107,8 @@ def size_lines(merged: MergedLayers) -> list[str]:
     ratio = math.sqrt(sum(r.size**2 for r in reports)) / plain
     if ratio > LARGE:
         merged.warnings.append(
-            f"the merged change is {ratio:.1f} times as large as the plain sum of the LoRAs, so it may overdo both. Use "
-            "a lower strength or separation, or another method."
+            f"the merged change is {ratio:.1f} times as large as the plain sum of the LoRAs, so it may overdo both. "
+            "Use a lower strength or separation, or another method."
         )
     return [f"size of the change: {ratio:.2f} times that of the plain sum"]
 

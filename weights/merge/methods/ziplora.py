@@ -1,15 +1,15 @@
 """ZipLoRA's column masks (Shah et al., 2023, arXiv 2311.13600), found without training.
 
 One mask value for each input column of each LoRA: L = Σ_k L_k diag(m_k). ZipLoRA trains the masks through the model;
-here the same objective, Σ_k ‖(L − L_k) X_k‖² with the projector onto each LoRA's row space for X_k X_kᵀ, is solved to its
-optimum. It is ½ mᵀ Q m − gᵀ m but for a factor and a constant, with products of thin matrices only:
+here the same objective, Σ_k ‖(L − L_k) X_k‖² with the projector onto each LoRA's row space for X_k X_kᵀ, is solved to
+its optimum. It is ½ mᵀ Q m − gᵀ m but for a factor and a constant, with products of thin matrices only:
 
     Q m = Σ_k diag-part(Lᵀ (L diag(m)) P_k),  g = Σ_k diag-part(Lᵀ L_k P_k)
 
 Masks lie in [0, 2]. Trained masks never leave that range, as a few small steps from 1 cannot; without it, two LoRAs
-that read the same inputs get masks of opposite signs that cancel there and are many times the plain sum everywhere else.
-The masks start at 1, where training starts too, and columns that the objective does not see stay there. The term that
-ZipLoRA adds against masks that overlap (λ = 0.01) is left out: it is small beside the errors.
+that read the same inputs get masks of opposite signs that cancel there and are many times the plain sum everywhere
+else. The masks start at 1, where training starts too, and columns that the objective does not see stay there. The
+term that ZipLoRA adds against masks that overlap (λ = 0.01) is left out: it is small beside the errors.
 """
 
 from __future__ import annotations
