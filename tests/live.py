@@ -1,8 +1,9 @@
-"""The real ComfyUI that tests/server and tests/browser talk to. Their conftest.py files load this by path."""
+"""The real ComfyUI that tests/server and tests/browser talk to. tests/conftest.py loads this by path."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -15,18 +16,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_module() -> ModuleType:
-    """run.py, imported by path: the pack's root must not be on sys.path."""
-    if "styleloom_run" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("styleloom_run", ROOT / "run.py")
-        sys.modules["styleloom_run"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["styleloom_run"])
-    return sys.modules["styleloom_run"]
+def runner(name: str) -> ModuleType:
+    """One module of tests/runner, in the package `styleloom_runner`, imported by path."""
+    if "styleloom_runner" not in sys.modules:
+        folder = ROOT / "tests" / "runner"
+        spec = importlib.util.spec_from_file_location("styleloom_runner", folder / "__init__.py",
+                                                      submodule_search_locations=[str(folder)])
+        sys.modules["styleloom_runner"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["styleloom_runner"])
+    return importlib.import_module(f"styleloom_runner.{name}")
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator:
-    """A running run.Server with the pack and the kit, its base directory in `folder`: `.url`, `.base`, `.log_text()`.
+    """A running Server with the pack and the kit, its base directory in `folder`: `.url`, `.base`, `.log_text()`.
 
     Fails the test, never skips it, when the server cannot be had.
     """
@@ -36,11 +39,11 @@ def running(folder: Path) -> Iterator:
                     "sets it.", pytrace=False)
     if not (Path(host) / "comfy" / "cli_args.py").is_file():
         pytest.fail(f"STYLELOOM_HOST={host} is not a ComfyUI folder: comfy/cli_args.py is missing.", pytrace=False)
-    run = run_module()
-    server = run.Server(Path(host), run.make_base(folder, ROOT), sys.executable)
+    module = runner("server")
+    server = module.Server(Path(host), module.make_base(folder, ROOT), sys.executable)
     try:
         server.__enter__()
-    except run.StepFailed as error:
+    except module.StepFailed as error:
         pytest.fail(f"The host did not start: {error}", pytrace=False)
     try:
         failed = server.failed_imports()

@@ -7,7 +7,6 @@ that does: a browser that is not named, not there or does not start is a failure
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,14 +19,6 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
 sys.path.insert(0, str(HERE))  # so that the tests share their helpers by plain name
 
 from frontend import SETTINGS, Frontend
-
-
-def _live():
-    if "styleloom_live" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("styleloom_live", HERE.parent / "live.py")
-        sys.modules["styleloom_live"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["styleloom_live"])
-    return sys.modules["styleloom_live"]
 
 
 def pytest_collection_modifyitems(items):
@@ -63,26 +54,14 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A running run.Server: `.url`, `.base`, `.log_text()`. Fails, never skips, when it cannot be had."""
-    with _live().running(tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server):
-    """A run.Client of its own for each test, on the one server."""
-    with _live().run_module().Client(server.url) as talk:
-        yield talk
-
-
 @pytest.fixture(scope="module")
 def open_frontend(chromium, server):
     """`with open_frontend(settings) as front:` gives a fresh page with the frontend in it, as a Frontend."""
+    runner = sys.modules["styleloom_live"].runner  # loaded for the server
+
     @contextlib.contextmanager
     def opening(**settings):
-        with _live().run_module().Client(server.url) as client:
+        with runner("client").Client(server.url) as client:
             client.post("/settings", {**SETTINGS, **settings})
         context = chromium.new_context(viewport={"width": 1600, "height": 1000})
         try:
@@ -91,3 +70,10 @@ def open_frontend(chromium, server):
             context.close()
 
     return opening
+
+
+@pytest.fixture(scope="module")
+def front(open_frontend):
+    """One page for all the tests of a module that only open workflows in it: to load it takes longer than a test."""
+    with open_frontend() as page:
+        yield page

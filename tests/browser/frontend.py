@@ -23,6 +23,10 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Co
             "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"}
 
 
+# Milliseconds. Only for what never comes: no verdict may hang on how busy the machine is.
+TIMEOUT = 120_000
+
+
 class Frontend:
     """One page. `page` is Playwright's; `complaints` what was wrong so far, as lines."""
 
@@ -31,6 +35,7 @@ class Frontend:
         self.complaints: list[str] = []
         self.opened = False
         self._before: set[str] = set()
+        page.set_default_timeout(TIMEOUT)
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
 
@@ -51,7 +56,7 @@ class Frontend:
     def load(self, node: str = "StyleLoomImageToLoRA") -> Frontend:
         """Opens the page and waits until it knows this node and shows its first graph."""
         self.page.goto(self.url)
-        self.page.wait_for_function(READY % json.dumps(node), timeout=120_000)
+        self.page.wait_for_function(READY % json.dumps(node))
         self.page.wait_for_load_state("networkidle")  # it still asks the host this and that
         return self
 
@@ -63,7 +68,7 @@ class Frontend:
         self.page.wait_for_function(
             "([name, count]) => app.graph.nodes.length === count "
             "&& app.extensionManager.workflow.activeWorkflow?.path?.endsWith(name + '.json')",
-            arg=[name, len(json.loads(text)["nodes"])], timeout=30_000)
+            arg=[name, len(json.loads(text)["nodes"])])
 
     def add(self, types: list[str]) -> list[str]:
         """Puts new nodes of these types on the open graph, far apart; returns their ids."""
@@ -95,7 +100,7 @@ class Frontend:
             const box = app.canvas.canvas.getBoundingClientRect(); return [box.left, box.top] }""",
                                        [int(node_id), scale])
         for _ in range(10):  # a click before the next frame is drawn still meets what was there
-            self.page.wait_for_timeout(500)  # two in less than 300 ms would be a double click
+            self.page.wait_for_timeout(350)  # two in less than 300 ms would be a double click
             self.page.mouse.click(left + 300 + 60 * scale, top + 250 - 15 * scale)
             if self.page.evaluate("id => app.canvas.selectedItems.has(app.graph.getNodeById(id))", int(node_id)):
                 return

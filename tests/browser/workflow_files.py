@@ -26,21 +26,23 @@ def models_of(workflow: dict) -> list[dict]:
 
 
 @contextlib.contextmanager
-def placeholders(base: Path, workflow: dict):
-    """Empty files under the names of its models, and small pictures under those of its pictures, while open."""
+def placeholders(base: Path, workflows: list[dict]):
+    """Empty files under the names of their models, and small pictures under those of their pictures, while open."""
     made = []
-    for model in models_of(workflow):
-        path = base / "models" / model["directory"] / model["name"]
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            made.append(path)
-    for node in workflow["nodes"]:
-        if node["type"] == "LoadImage":
-            path = base / "input" / node["widgets_values"][0]
-            Image.new("RGB", (48, 32), (90, 120, 150)).save(path)
-            made.append(path)
     try:
+        for workflow in workflows:
+            for model in models_of(workflow):
+                path = base / "models" / model["directory"] / model["name"]
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+                    made.append(path)
+            for node in workflow["nodes"]:
+                if node["type"] == "LoadImage":
+                    path = base / "input" / node["widgets_values"][0]
+                    if not path.exists():
+                        Image.new("RGB", (48, 32), (90, 120, 150)).save(path)
+                        made.append(path)
         yield
     finally:
         for path in made:

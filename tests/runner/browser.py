@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .common import WORK, StepFailed, apt_install, can_apt, say
+from .common import WORK, StepFailed, apt_install, ask_to_install, can_apt, say
 from .environment import Environment
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge",
@@ -62,26 +62,24 @@ def obtain(environment: Environment) -> str:
 
 
 def _from_debian() -> list[str]:
-    return on_system(os.environ, sys.platform) if can_apt() and apt_install("chromium") else []
+    return on_system(os.environ, sys.platform) if can_apt() and apt_install("chromium", WAY_ROUND) else []
 
 
 def _playwrights(environment: Environment) -> list[str]:
     """The Chromium that this Playwright would start, if it has been downloaded."""
     code = ("from playwright.sync_api import sync_playwright\n"
             "with sync_playwright() as playwright: print(playwright.chromium.executable_path)")
-    done = subprocess.run(_python(environment, code), capture_output=True, text=True, cwd=WORK)
+    done = subprocess.run(environment.command(code), capture_output=True, text=True, cwd=WORK)
     lines = done.stdout.strip().splitlines()
     return [lines[-1]] if done.returncode == 0 and lines and Path(lines[-1]).is_file() else []
 
 
 def _download(environment: Environment) -> list[str]:
+    extra = []
+    if can_apt():  # on a bare Debian its libraries are missing too
+        ask_to_install("the libraries of Playwright's Chromium", WAY_ROUND)
+        extra = ["--with-deps"]
     say("Fetching Playwright's Chromium.")
-    extra = ["--with-deps"] if can_apt() else []  # on a bare Debian its libraries are missing too
     code = "import runpy; runpy.run_module('playwright', run_name='__main__')"
-    subprocess.run([*_python(environment, code), "install", *extra, "chromium"], cwd=WORK)
+    subprocess.run(environment.command(code, "install", *extra, "chromium"), cwd=WORK)
     return _playwrights(environment)
-
-
-def _python(environment: Environment, code: str) -> list[str]:
-    """A command that runs `code` with the test tools in reach, wherever they are."""
-    return [environment.python, "-c", f"{environment.path_setup}\n{code}"]

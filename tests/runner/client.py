@@ -1,19 +1,16 @@
-"""The host's HTTP API and the part of the websocket protocol (RFC 6455) that it takes to listen to the host."""
+"""The host's HTTP API and the events that it sends. Needs aiohttp, which every ComfyUI brings with it."""
 
 from __future__ import annotations
 
-import base64
-import http.client
+import asyncio
 import json
-import os
-import socket
-import struct
 import threading
 import time
-import urllib.parse
 import uuid
+from collections.abc import Callable
 
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+import aiohttp
+
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -26,34 +23,42 @@ class HostError(RuntimeError):
 
 
 class Client:
-    """Talks to one ComfyUI server at `url` (http://127.0.0.1:port). Listens from the first `queue` on."""
+    """Talks to one ComfyUI server at `url` (http://127.0.0.1:port). Listens from the first `queue` on.
+
+    Plain calls from outside; inside, one event loop in a thread of its own, which keeps the events coming while the
+    caller is busy, and does not mind whether the caller's thread has a loop already (Playwright's has).
+    A host that cannot be reached, or that takes longer than `timeout` seconds to answer, is a ConnectionError.
+    """
 
     def __init__(self, url: str, timeout: float = 60):
-        parts = urllib.parse.urlsplit(url)
-        self.address, self.timeout = (parts.hostname, parts.port or 80), timeout
-        self.id = uuid.uuid4().hex
+        self.url, self.timeout, self.id = url, timeout, uuid.uuid4().hex
         self._events: list[dict] = []
         self._news = threading.Condition()
-        self._socket: socket.socket | None = None
+        self._listener: asyncio.Task | None = None
         self._lost: str | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="comfyui-client", daemon=True)
+        self._thread.start()
+        self._session: aiohttp.ClientSession = self._wait_for(self._open())
 
     def get(self, path: str):
         """GET: the answer as JSON (text or bytes if it is not JSON). Raises HostError from status 400 on."""
-        return self._request("GET", path, None)
+        return self._request("GET", path)
 
     def post(self, path: str, obj):
         """POST of `obj` as JSON: the answer as JSON, None if empty. Raises HostError from status 400 on."""
-        return self._request("POST", path, json.dumps(obj).encode("utf-8"))
+        return self._request("POST", path, json=obj)
 
     def queue(self, api_prompt: dict) -> str:
         """Queues an API-format prompt; returns its id. HostError.body holds `node_errors` if the host refuses it."""
-        self._listen()
+        self._wait_for(self._listen())  # first, so that no event of the prompt is missed
         answer = self.post("/prompt", {"prompt": api_prompt, "client_id": self.id})
         if answer.get("node_errors"):  # the host runs what is valid of it and answers 200
             raise HostError(200, answer)
         return answer["prompt_id"]
 
-    def follow(self, prompt_id: str, on_event=None, timeout: float = 600) -> list[dict]:
+    def follow(self, prompt_id: str, on_event: Callable[[dict], None] | None = None,
+               timeout: float = 600) -> list[dict]:
         """Waits for the end of a prompt; returns its events, each {"type": ..., "data": {...}}, in order.
 
         The last one is execution_success, execution_error or execution_interrupted. `on_event(event)` is called
@@ -97,18 +102,16 @@ class Client:
 
     def view(self, filename: str, subfolder: str = "", type: str = "output") -> bytes:
         """The bytes of a file that the host wrote, named as in the history's outputs."""
-        query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
-        return self._exchange("GET", f"/view?{query}", None)[1]
+        query = {"filename": filename, "subfolder": subfolder, "type": type}
+        return self._wait_for(self._exchange("GET", "/view", params=query))[1]
 
     def close(self) -> None:
-        """Stops listening."""
-        if self._socket is not None:
-            try:
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the host closed it first
-            self._socket.close()
-            self._socket = None
+        """Stops listening. The client cannot be used afterwards."""
+        if self._thread.is_alive():
+            self._wait_for(self._shut())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def __enter__(self) -> Client:
         return self
@@ -116,130 +119,65 @@ class Client:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, body: bytes | None):
-        kind, data = self._exchange(method, path, body)
+    def _wait_for(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _request(self, method: str, path: str, **options):
+        kind, data = self._wait_for(self._exchange(method, path, **options))
         if not data:
             return None
-        if kind.startswith("application/json"):
+        if kind == "application/json":
             return json.loads(data)
         return data.decode("utf-8") if kind.startswith("text/") else data
 
-    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[str, bytes]:
-        # http.client and not urllib: a proxy set for the machine must not stand between us and 127.0.0.1.
-        connection = http.client.HTTPConnection(*self.address, timeout=self.timeout)
+    async def _open(self) -> aiohttp.ClientSession:
+        # Without trust_env: a proxy set for the machine must not stand between us and 127.0.0.1.
+        return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.timeout))
+
+    async def _exchange(self, method: str, path: str, **options) -> tuple[str, bytes]:
+        """(content type, bytes) of the host's answer."""
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
-            answer = connection.getresponse()
-            kind, data = answer.headers.get("Content-Type", ""), answer.read()
-        except http.client.HTTPException as error:
-            raise ConnectionError(f"no HTTP answer from {self.address}: {error!r}") from error
-        finally:
-            connection.close()
+            async with self._session.request(method, self.url + path, **options) as answer:
+                kind, data = answer.content_type, await answer.read()
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise ConnectionError(f"no HTTP answer from {self.url}: {error!r}") from error
         if answer.status >= 400:
             text = data.decode("utf-8", errors="replace")
-            raise HostError(answer.status, json.loads(text) if kind.startswith("application/json") else text)
+            raise HostError(answer.status, json.loads(text) if kind == "application/json" else text)
         return kind, data
 
-    def _listen(self) -> None:
-        """Opens the websocket before the first prompt, so that no event of it is missed, and keeps it drained."""
-        if self._socket is not None and self._lost is None:
+    async def _listen(self) -> None:
+        """Opens the websocket, if it is not open, and keeps it drained."""
+        if self._listener is not None and not self._listener.done():
             return
-        self.close()
+        try:
+            # No limit on a message: the host sends previews the same way.
+            socket = await self._session.ws_connect(f"{self.url}/ws", params={"clientId": self.id}, max_msg_size=0)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise ConnectionError(f"the host would not open a websocket: {error!r}") from error
         self._lost = None
-        self._socket = connect(self.address, f"/ws?clientId={self.id}", self.timeout)
-        threading.Thread(target=self._drain, args=(self._socket,), name="comfyui-events", daemon=True).start()
+        self._listener = asyncio.create_task(self._drain(socket))
 
-    def _drain(self, sock: socket.socket) -> None:
+    async def _drain(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         lost = "it closed the connection"
         try:
-            for text in messages(sock):
-                event = json.loads(text)
-                with self._news:
-                    self._events.append(event)
-                    self._news.notify_all()
-        except (OSError, ValueError) as error:
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:  # previews are binary
+                    event = json.loads(message.data)
+                    with self._news:
+                        self._events.append(event)
+                        self._news.notify_all()
+                elif message.type is aiohttp.WSMsgType.ERROR:
+                    lost = repr(message.data)
+        except ValueError as error:
             lost = repr(error)
-        with self._news:
-            self._lost = lost
-            self._news.notify_all()
+        finally:
+            with self._news:
+                self._lost = lost
+                self._news.notify_all()
 
-
-def connect(address: tuple[str, int], path: str, timeout: float) -> socket.socket:
-    """Opens a websocket: the upgrade request and a check of its answer. ConnectionError if the host will not."""
-    sock = socket.create_connection(address, timeout)
-    key = base64.b64encode(os.urandom(16)).decode("ascii")
-    request = (f"GET {path} HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\nUpgrade: websocket\r\n"
-               f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n")
-    sock.sendall(request.encode("ascii"))
-    answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
-        byte = sock.recv(1)  # one by one: the first frame may follow at once
-        if not byte:
-            break
-        answer += byte
-    status = answer.split(b"\r\n", 1)[0].decode("latin-1")
-    if " 101 " not in f"{status} ":
-        sock.close()
-        raise ConnectionError(f"the host would not open a websocket: {status or 'no answer'}")
-    sock.settimeout(None)
-    return sock
-
-
-def messages(sock):
-    """Yields the text of each text message until the host closes. Answers pings, skips binary messages (previews)."""
-    kind, parts = None, []
-    while True:
-        frame = read_frame(sock)
-        if frame is None:
-            return
-        opcode, final, payload = frame
-        if opcode == PING:
-            sock.sendall(masked_frame(PONG, payload))
-        elif opcode == CLOSE:
-            sock.sendall(masked_frame(CLOSE, payload[:2]))
-            return
-        elif opcode != PONG:
-            if opcode:  # 0 continues the message before
-                kind, parts = opcode, []
-            parts.append(payload)
-            if final and kind == TEXT:
-                yield b"".join(parts).decode("utf-8")
-
-
-def read_frame(sock) -> tuple[int, bool, bytes] | None:
-    """One frame: (opcode, is it the last of its message, payload). None when the connection ends between frames."""
-    head = _read(sock, 2, may_end=True)
-    if head is None:
-        return None
-    size = head[1] & 0x7F
-    if size == 126:
-        size = struct.unpack("!H", _read(sock, 2))[0]
-    elif size == 127:
-        size = struct.unpack("!Q", _read(sock, 8))[0]
-    mask = _read(sock, 4) if head[1] & 0x80 else None
-    payload = _read(sock, size)
-    return head[0] & 0x0F, bool(head[0] & 0x80), _mask(payload, mask) if mask else payload
-
-
-def masked_frame(opcode: int, payload: bytes) -> bytes:
-    """A frame from client to server; those must be masked. Control frames only, so at most 125 bytes."""
-    if len(payload) > 125:
-        raise ValueError(f"a control frame carries at most 125 bytes, not {len(payload)}")
-    mask = os.urandom(4)
-    return bytes((0x80 | opcode, 0x80 | len(payload))) + mask + _mask(payload, mask)
-
-
-def _mask(payload: bytes, mask: bytes) -> bytes:
-    return bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
-
-
-def _read(sock, size: int, may_end: bool = False) -> bytes | None:
-    data = bytearray()
-    while len(data) < size:
-        block = sock.recv(min(size - len(data), 1 << 20))
-        if not block:
-            if may_end and not data:
-                return None
-            raise ConnectionError("the connection ended in the middle of a message")
-        data += block
-    return bytes(data)
+    async def _shut(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        await self._session.close()

@@ -6,15 +6,18 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".host"  # everything fetched or written for the host; git-ignored
 VENV = ROOT / ".venv"  # git-ignored
 OUTPUT = ROOT / "output"  # git-ignored
+DEMO = ROOT / "workflows" / "api" / "demo_image_to_lora.json"
 
 
 class StepFailed(RuntimeError):
@@ -97,14 +100,87 @@ def _try_lock(file) -> bool:
 
 
 def can_apt() -> bool:
-    """True where Debian packages can be installed without asking anyone: root, with apt-get."""
+    """True where this program has the right to install Debian packages: Linux, root, with apt-get."""
     return sys.platform == "linux" and os.geteuid() == 0 and shutil.which("apt-get") is not None
 
 
-def apt_install(*packages: str) -> bool:
-    """Installs Debian packages; True if apt-get says so. A bare machine has no package lists, so they come first."""
-    say(f"Installing the Debian package {' '.join(packages)}.")
+YES = "STYLELOOM_YES"  # set by --yes, or by a yes to the question; a name in the environment, so that children know it
+
+
+def ask_to_install(what: str, by_hand: str) -> None:
+    """Asks before anything is installed on the system as root: returns on a yes, else raises StepFailed.
+
+    `what` is what would be installed, `by_hand` how the user can do it or do without. A yes counts for the whole
+    run. --yes and a CI (CI=true in the environment) have said it already. Without a terminal nobody can be asked.
+    """
+    if os.environ.get(YES) == "1" or os.environ.get("CI", "").lower() in ("true", "1"):
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise StepFailed(f"{what} would have to be installed on this system as root, and there is no terminal to ask "
+                         f"you at. Pass --yes to allow it, or do this instead: {by_hand}")
+    try:
+        answer = input(f"Install {what} on this system as root? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise StepFailed(f"{what} was not installed, as you said. {by_hand}")
+    os.environ[YES] = "1"
+
+
+def apt_install(package: str, by_hand: str) -> bool:
+    """Installs a Debian package after asking (see ask_to_install); True if apt-get says so."""
+    ask_to_install(f"the Debian package {package}", by_hand)
+    say(f"Installing the Debian package {package}.")
     env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-    subprocess.run(["apt-get", "update", "-q"], env=env)  # a stale list may still do; the install is what counts
-    done = subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages], env=env)
+    # A bare machine has no package lists, so they come first. A stale list may still do; the install is what counts.
+    subprocess.run(["apt-get", "update", "-q"], env=env)
+    done = subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", package], env=env)
     return done.returncode == 0
+
+
+def as_command(work: Callable[[], int]) -> int:
+    """Runs the body of a program; returns its exit status. Failed steps and ctrl-C end it in plain words."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console may be set to a code page
+    # A shell that starts us in the background has us ignore ctrl-C, and the host would inherit that; it is told to
+    # end by that very signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ended from outside (a CI's time limit, a closed terminal): leave as after ctrl-C, so that no host stays behind.
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    try:
+        return work()
+    except StepFailed as error:
+        print(f"\nrun.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrun.py: stopped. What is half made will be found and made anew.", file=sys.stderr)
+        return 130
+
+
+def await_all(processes: list[subprocess.Popen], waiting: str = "") -> None:
+    """Waits for the end of every process. They share our terminal, and take down what they have started themselves.
+
+    `waiting` is said when the first has ended before another. At ctrl-C the processes have had it as well, so this
+    goes on waiting. When this program is told to end, they are told too.
+    """
+    while True:
+        try:
+            processes[0].wait()
+            if waiting and any(process.poll() is None for process in processes):
+                say(waiting)
+                waiting = ""
+            for process in processes:
+                process.wait()
+            return
+        except KeyboardInterrupt:
+            continue
+        except SystemExit:
+            living = [process for process in processes if process.poll() is None]
+            for process in living:
+                process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+            for process in living:
+                process.wait(60)
+            raise

@@ -1,13 +1,17 @@
-"""What the demo shows: progress while the host works, and plain words at the end."""
+"""The demo: a workflow in a real host, progress while the host works, and plain words at the end."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
-from .common import OUTPUT, ROOT
+from .client import Client, HostError
+from .common import DEMO, OUTPUT, ROOT, WORK, StepFailed, as_command, lock, say
+from .server import Server, make_base
 
 ABOUT = """
 What happened: reference pictures, real ones that come with ComfyUI's own templates, went through two image
@@ -120,3 +124,56 @@ def summary(prompt: dict, record: dict, written: list[Path], seconds: float, is_
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
+
+
+def run(host: Path, workflow: Path, serve: bool, port: int | None) -> int:
+    """Runs a workflow in API format in the ComfyUI at `host`; returns the exit status. Raises StepFailed."""
+    prompt = json.loads(workflow.read_text("utf-8"))
+    base = WORK / "base"
+    OUTPUT.mkdir(exist_ok=True)
+    busy = f"Another demo is running on {base}. Stop it first (ctrl-C in its window)."
+    with lock(base / "demo.lock", busy, wait=False):
+        make_base(base, ROOT)
+        say("Starting ComfyUI …")
+        with Server(host, base, extra_args=["--output-directory", str(OUTPUT)], port=port) as server:
+            if server.failed_imports():
+                raise StepFailed(f"The host could not load a pack. Its log:\n{server.log_text()}")
+            say(_run_in(server, workflow, prompt))
+            if serve:
+                say(f"\nThe same ComfyUI is open at {server.url} (its Templates list StyleLoom's workflows). "
+                    "Stop it with ctrl-C.")
+                try:
+                    server.process.wait()
+                except KeyboardInterrupt:
+                    say("Stopped.")
+    return 0
+
+
+def _run_in(server: Server, workflow: Path, prompt: dict) -> str:
+    """Runs the prompt in a started server; returns the words at the end."""
+    before, began = files_below(OUTPUT), time.monotonic()
+    with Client(server.url) as client:
+        say(f"Running {workflow.name}: {len(prompt)} nodes")
+        progress = Progress(prompt)
+        try:
+            prompt_id = client.queue(prompt)
+            end = client.follow(prompt_id, progress.event, timeout=3600)[-1]
+        except HostError as error:
+            raise StepFailed(f"ComfyUI refused {workflow.name}: {json.dumps(error.body, indent=2)}") from None
+        finally:
+            progress.close()
+        if end["type"] != "execution_success":
+            raise StepFailed(describe(end, prompt) + f"\nThe whole log: {server.log}")
+        written = [path for path, state in files_below(OUTPUT).items() if before.get(path) != state]
+        return summary(prompt, client.history(prompt_id), written, time.monotonic() - began, workflow == DEMO)
+
+
+def main(arguments: list[str]) -> int:
+    """The part of `run.py demo` that runs in the prepared Python; run.py passes the arguments."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("host", type=Path)
+    parser.add_argument("workflow", type=Path)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--port", type=int)
+    options = parser.parse_args(arguments)
+    return as_command(lambda: run(options.host, options.workflow, options.serve, options.port))

@@ -70,6 +70,10 @@ class Environment:
     python: str
     tools: Path | None = None
 
+    def command(self, code: str, *arguments: str) -> list[str]:
+        """The command that runs `code` in this environment."""
+        return [self.python, "-c", f"{self.path_setup}\n{code}", *arguments]
+
     @property
     def path_setup(self) -> str:
         """Code to begin a `python -c` with: it takes the working directory, which -c (and -m) put first, off the
@@ -214,9 +218,9 @@ def _make_venv(host: Host, key: str, fault: str) -> None:
 
 def _bare_venv(folder: Path) -> None:
     # Debian splits ensurepip off; without it a venv would have no pip.
-    if importlib.util.find_spec("ensurepip") is None and not (can_apt() and apt_install("python3-venv")):
-        raise StepFailed(f"{sys.executable} cannot make virtual environments (it has no ensurepip).\n"
-                         "On Debian and Ubuntu: apt install python3-venv. Then run the same command again.")
+    by_hand = "On Debian and Ubuntu: apt install python3-venv. Then run the same command again."
+    if importlib.util.find_spec("ensurepip") is None and not (can_apt() and apt_install("python3-venv", by_hand)):
+        raise StepFailed(f"{sys.executable} cannot make virtual environments (it has no ensurepip).\n{by_hand}")
     if subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode != 0:
         raise StepFailed(f"{sys.executable} could not make a virtual environment in {folder}; its words are above.")
 

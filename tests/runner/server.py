@@ -137,7 +137,10 @@ class Server:
         self.stop()
 
     def _await_answer(self) -> None:
-        client, end = Client(self.url), time.monotonic() + START_SECONDS
+        with Client(self.url) as client:
+            self._await(client, time.monotonic() + START_SECONDS)
+
+    def _await(self, client: Client, end: float) -> None:
         while True:
             if self.process.poll() is not None:
                 raise StepFailed(f"ComfyUI in {self.host} ended at once (code {self.process.returncode}). The end of "

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from run_module import ROOT, run
-from styleloom_runner import browser, demo, environment, host
+from run_module import ROOT, load_runner, run
+
+browser, common, demo, environment, host, parts = map(
+    load_runner, ("browser", "common", "demo", "environment", "host", "parts"))
 
 StepFailed = run.StepFailed
 links = pytest.mark.skipif(os.name == "nt", reason="symlinks need a special right on Windows")
@@ -72,37 +77,178 @@ def test_a_browser_that_does_not_start_does_not_count(tmp_path):
     assert not browser.works(str(stub)) and not browser.works(str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("given_, passed", [
-    ([], ["tests"]),
-    (["-k", "tests_of_this", "-x"], ["tests", "-k", "tests_of_this", "-x"]),
+REST = ["tests", "--ignore=tests/browser", "--ignore=tests/server", "-o", "cache_dir=.pytest_cache/rest"]
+ONLY_LIVE = ["tests/browser", "tests/server", "-o", "cache_dir=.pytest_cache/live"]
+
+
+@pytest.mark.parametrize(("given", "extra"), [
+    ([], []), (["tests"], []), (["tests/", "-q"], ["-q"]), (["-k", "weights"], ["-k", "weights"]),
+    (["-k", "weights or x", "-vv"], ["-k", "weights or x", "-vv"]),
+    (["-k", "tests", "--durations=5"], ["-k", "tests", "--durations=5"])])
+def test_all_tests_run_in_two_parts(given, extra):
+    """A folder is a path only where it is not the value of -k."""
+    assert [part.arguments for part in parts.parts_of(given)] == [REST + extra, ONLY_LIVE + extra]
+
+
+@pytest.mark.parametrize(("given", "passed"), [
     (["tests/unit", "-q"], ["tests/unit", "-q"]),
-    (["tests/unit/test_run.py::test_command_line"], ["tests/unit/test_run.py::test_command_line"]),
-])
+    (["tests/unit/test_run.py::test_titles", "tests/server"], ["tests/unit/test_run.py::test_titles", "tests/server"]),
+    (["-x"], ["tests", "-x"]), (["tests", "--pdb"], ["tests", "--pdb"]),
+    (["--junitxml=a.xml"], ["tests", "--junitxml=a.xml"])])
+def test_named_paths_and_what_cannot_be_divided_run_in_one(given, passed):
+    assert [part.arguments for part in parts.parts_of(given)] == [passed]
+
+
+def test_both_parts_hold_every_test_folder_once():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(parts.LIVE) < folders and {"tests/unit", "tests/host"} <= folders - set(parts.LIVE)
+
+
 @pytest.mark.parametrize("no_browser", [True, False])
-def test_what_pytest_is_given(monkeypatch, given_, passed, no_browser):
-    started = {}
-
-    class Process:
-        def __init__(self, command, **options):
-            started.update(command=command, **options)
-
-        def wait(self):
-            return 7
-
+def test_what_the_tests_are_told(monkeypatch, no_browser):
+    started = []
     monkeypatch.setenv("STYLELOOM_ACCELERATOR", "0")
+    monkeypatch.delenv(common.YES, raising=False)
     monkeypatch.setattr(run, "prepare", lambda tests: (host.Host(Path("/comfy"), own=False), ANY))
     monkeypatch.setattr(run.browser, "obtain", lambda _: "/usr/bin/chromium")
-    monkeypatch.setattr(run.subprocess, "Popen", Process)
+    monkeypatch.setattr(run.parts, "run", lambda *given: started.append(given) or 7)
     environment.has_accelerator.cache_clear()
-    assert run.test(given_ + ["--no-browser"] * no_browser) == 7
+    assert run.test(["-q", "--yes"] + ["--no-browser"] * no_browser) == 7
     environment.has_accelerator.cache_clear()
-    assert started["command"][3:] == passed and started["cwd"] == ROOT
-    assert started["env"]["STYLELOOM_HOST"] == str(Path("/comfy"))
-    assert started["env"]["STYLELOOM_BROWSER"] == ("none" if no_browser else "/usr/bin/chromium")
+    ((found, env, divided),) = started
+    assert found == ANY and [part.arguments[-1] for part in divided] == ["-q", "-q"]
+    assert env["STYLELOOM_HOST"] == str(Path("/comfy"))
+    assert env["STYLELOOM_BROWSER"] == ("none" if no_browser else "/usr/bin/chromium")
+
+
+@pytest.mark.parametrize(("ends", "status", "said"), [
+    ([("a", 0, {"passed": 3, "skipped": 1}), ("b", 0, {"passed": 2})], 0, "5 passed, 0 failed"),
+    ([("a", 0, {"passed": 3}), ("b", 1, {"passed": 2, "failed": 1, "error": 2})], 1, "5 passed, 3 failed"),
+    ([("a", 1, {"failed": 1}), ("b", 0, {"passed": 2})], 1, "2 passed, 1 failed"),
+    ([("a", 5, {}), ("b", 0, {"passed": 2})], 0, "2 passed, 0 failed"),  # -k found something in one part only
+    ([("a", 5, {}), ("b", 5, {})], 5, "0 passed, 2 failed"),
+    ([("a", 2, {"passed": 9}), ("b", 0, {"passed": 2})], 2, "11 passed, 1 failed"),  # stopped by ctrl-C
+    ([("a", -9, {}), ("b", 0, {"passed": 2})], 9, "2 passed, 1 failed")])  # killed
+def test_the_last_line_is_the_sum(capsys, ends, status, said):
+    assert parts.sum_up(ends) == status
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_two_real_pytests_and_their_sum(tmp_path, monkeypatch, capfd):
+    """One passes, one fails: both outputs are shown in order, and the status is that of the failure."""
+    for name, body in (("a", "def test_a(): print('first')\n"), ("b", "def test_b():\n    assert 0, 'grün'\n")):
+        (tmp_path / f"test_{name}.py").write_text(body, encoding="utf-8")
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    two = [parts.Part("one", ["test_a.py"]), parts.Part("other", ["test_b.py"])]
+    env = dict(os.environ, PYTHONUTF8="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    status = parts.run(environment.Environment(sys.executable), env, two)
+    out = capfd.readouterr().out
+    assert status == 1 and out.splitlines()[-1] == "1 passed, 1 failed"
+    assert out.index("=== other ===") < out.index("grün")
+
+
+WAITS = """
+import os, sys, time
+try:
+    os.write(1, b"ready\\n"); time.sleep(600)
+except KeyboardInterrupt:
+    os.write(1, b"taken down\\n"); sys.exit(2)
+"""
+
+
+@links
+def test_told_to_end_it_takes_both_down():
+    """SIGTERM to run.py alone, as from a CI's time limit: each process gets the interrupt that lets it clean up."""
+    code = ("import subprocess, sys\nsys.path.insert(0, sys.argv[1])\nfrom runner import common\n"
+            "two = [subprocess.Popen([sys.executable, '-c', sys.argv[2]], start_new_session=True) for _ in range(2)]\n"
+            "sys.exit(common.as_command(lambda: common.await_all(two) or 0))")
+    command = [sys.executable, "-c", code, str(ROOT / "tests"), WAITS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for _ in range(2):
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].split("\n")[:2] == ["taken down"] * 2
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def nobody_said_yes(monkeypatch):
+    for name in (common.YES, "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+def test_without_a_terminal_nothing_is_installed_on_the_system(nobody_said_yes, monkeypatch):
+    monkeypatch.setattr(common.subprocess, "run", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(browser, "can_apt", lambda: True)
+    for way in (lambda: common.apt_install("x", "By hand."), browser._from_debian, lambda: browser._download(ANY)):
+        with pytest.raises(StepFailed, match="--yes"):
+            way()
+    monkeypatch.setattr(sys, "stdin", None)  # as under Windows' pythonw
+    with pytest.raises(StepFailed, match="the Debian package x.*--yes.*By hand"):
+        common.apt_install("x", "By hand.")
+
+
+@pytest.mark.parametrize(("name", "value"), [("CI", "true"), ("CI", "1"), (common.YES, "1")])
+def test_a_ci_and_yes_are_a_yes(nobody_said_yes, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    ran = []
+    monkeypatch.setattr(common.subprocess, "run", lambda command, **_: ran.append(command)
+                        or subprocess.CompletedProcess(command, 0))
+    assert common.apt_install("chromium", "")
+    assert [command[:2] for command in ran] == [["apt-get", "update"], ["apt-get", "install"]]
+    assert ran[1][-1] == "chromium"
+
+
+@pytest.mark.parametrize("answer", ["y", " Yes ", "", "n", "no"])
+def test_at_a_terminal_it_asks_once(nobody_said_yes, monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr(sys, "stdin", Screen(True))
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    if answer.strip().lower().startswith("y"):
+        monkeypatch.setenv(common.YES, "")
+        common.ask_to_install("a", "b")
+        common.ask_to_install("a", "b")
+        assert len(asked) == 1 and "as root" in asked[0]
+    else:
+        with pytest.raises(StepFailed, match="a was not installed, as you said. By hand."):
+            common.ask_to_install("a", "By hand.")
+
+
+def test_yes_on_the_command_line(nobody_said_yes, monkeypatch):
+    monkeypatch.setenv(common.YES, "")
+    monkeypatch.setattr(run, "test", lambda arguments: 0)
+    assert run._command(["test", "-q"]) == 0 and os.environ[common.YES] == ""
+    assert run._command(["test", "--yes"]) == 0 and os.environ[common.YES] == "1"
+
+
+def test_run_itself_needs_the_standard_library_only():
+    """It may run in a bare Python: -S leaves out site-packages."""
+    done = subprocess.run([sys.executable, "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("options", "passed"), [([], []), (["--serve", "--port", "7"], ["--serve", "--port", "7"])])
+def test_the_demo_runs_in_the_prepared_python(monkeypatch, options, passed):
+    """The second program gets the host and the workflow, finds its package without the pack's root, and its status is
+    ours."""
+    monkeypatch.setattr(run, "prepare", lambda tests: (host.Host(Path("/comfy"), own=False),
+                                                       environment.Environment(sys.executable)))
+    real, started = subprocess.Popen, []
+
+    def popen(command, **rest):
+        started.append(command)
+        code = command[2].replace("sys.exit(demo.main(sys.argv[1:]))",
+                                  f"assert {str(ROOT)!r} not in sys.path and demo.main; sys.exit(3)")
+        return real([*command[:2], code, *command[3:]], **rest)
+
+    monkeypatch.setattr(run.subprocess, "Popen", popen)
+    assert run._command(["demo", *options]) == 3
+    assert started[0][3:] == [str(Path("/comfy")), str(common.DEMO), *passed]
 
 
 def test_failures_are_one_message_and_a_status(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
     assert run.main(["demo", "--workflow", str(tmp_path / "none.json")]) == 1
     assert "expected a workflow in API format" in capsys.readouterr().err
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))

@@ -1,151 +1,171 @@
-"""The client: websocket frames from hand-made bytes, and HTTP against a small server."""
+"""The client against a small server with real sockets: events, refusals, timeouts, and a host that goes away."""
 
 from __future__ import annotations
 
-import json
-import re
-import socket
-import struct
+import asyncio
 import threading
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from run_module import run
-from styleloom_runner import client
+from aiohttp import web
+from run_module import load_runner
+
+client = load_runner("client")
+END = "execution_success"
 
 
-class Wire:
-    """A socket made of bytes: gives them out in pieces of `step`, and keeps what is sent."""
-
-    def __init__(self, data: bytes, step: int = 3):
-        self.data, self.step, self.sent = data, step, b""
-
-    def recv(self, size: int) -> bytes:
-        size = min(size, self.step)
-        piece, self.data = self.data[:size], self.data[size:]
-        return piece
-
-    def sendall(self, data: bytes) -> None:
-        self.sent += data
-
-
-def frame(opcode: int, payload: bytes, final: bool = True, mask: bytes = b"") -> bytes:
-    size, bit = len(payload), 0x80 if mask else 0
-    if size < 126:
-        head = bytes((size | bit,))
-    elif size < 1 << 16:
-        head = bytes((126 | bit,)) + struct.pack("!H", size)
-    else:
-        head = bytes((127 | bit,)) + struct.pack("!Q", size)
-    body = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)) if mask else payload
-    return bytes((opcode | (0x80 if final else 0),)) + head + mask + body
-
-
-@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 70000])
-@pytest.mark.parametrize("mask", [b"", b"\x01\x02\x03\xff"])
-def test_every_length_of_frame(size, mask):
-    payload = bytes(i % 251 for i in range(size))
-    assert client.read_frame(Wire(frame(2, payload, mask=mask), 4096)) == (2, True, payload)
-
-
-def test_pings_are_answered_and_previews_skipped():
-    wire = Wire(frame(9, b"are you there") + frame(2, b"\x00" * 300) + frame(1, b"a") + frame(10, b"") + frame(1, b"b")
-                + frame(8, struct.pack("!H", 1000) + b"bye") + frame(1, b"after the end"))
-    assert list(client.messages(wire)) == ["a", "b"]
-    answers = Wire(wire.sent)
-    assert client.read_frame(answers) == (10, True, b"are you there")
-    assert client.read_frame(answers) == (8, True, struct.pack("!H", 1000))
-    assert wire.sent[1] & 0x80  # a client must mask
-
-
-def test_message_in_pieces_with_a_ping_between():
-    text = "grün → blau".encode()
-    wire = Wire(frame(1, text[:3], final=False) + frame(9, b"") + frame(0, text[3:6], final=False) + frame(0, text[6:]))
-    assert list(client.messages(wire)) == ["grün → blau"]
-
-
-def test_torn_connection_is_an_error_and_a_clean_end_is_not():
-    assert list(client.messages(Wire(frame(1, b"a")))) == ["a"]
-    for cut in (1, 2, 3):
-        with pytest.raises(ConnectionError, match="in the middle of a message"):
-            list(client.messages(Wire(frame(1, b"abc")[:-cut])))
-
-
-@settings(deadline=None, max_examples=60)
-@given(texts=st.lists(st.text(max_size=200), max_size=6), cuts=st.lists(st.integers(0, 200), max_size=6),
-       step=st.integers(1, 64))
-def test_texts_survive_any_cutting(texts, cuts, step):
-    data = b""
-    for text in texts:
-        body = text.encode()
-        edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
-        pieces = [body[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)] or [b""]
-        for i, piece in enumerate(pieces):
-            data += frame(0 if i else 1, piece, final=i == len(pieces) - 1)
-        data += frame(2, b"preview")
-    assert list(client.messages(Wire(data, step))) == texts
-
-
-def test_control_frames_are_short():
-    with pytest.raises(ValueError, match="at most 125"):
-        client.masked_frame(client.PONG, b"x" * 126)
-
-
-def _event(kind: str, prompt: str) -> dict:
+def event(kind: str, prompt: str) -> dict:
     return {"type": kind, "data": {"prompt_id": prompt}}
 
 
-def test_follow_takes_the_events_of_its_own_prompt():
-    talk = run.Client("http://127.0.0.1:1")
-    talk._events = [{"type": "status", "data": {}}, {"type": "odd", "data": None}, _event("execution_start", "a"),
-                    _event("execution_start", "b"), _event("execution_success", "a"), _event("execution_error", "b")]
-    seen = []
-    assert [e["type"] for e in talk.follow("a", seen.append)] == ["execution_start", "execution_success"]
-    assert len(seen) == 2
-    assert talk.follow("b")[-1]["type"] == "execution_error" and talk.follow("a") == seen
-    with pytest.raises(TimeoutError):
-        talk.follow("c", timeout=0.05)
-    talk._lost = "it closed the connection"
-    with pytest.raises(ConnectionError, match="it closed"):
-        talk.follow("c")
+class Host:
+    """A server that answers like the host. `says`: what each websocket sends when a prompt comes, then it stays open.
+
+    An item of `says` is an event (sent as text), bytes (a preview), "garbage", "bye" (a proper close) or "drop" (the
+    connection is cut).
+    """
+
+    def __init__(self):
+        self.says, self.asked, self.sockets, self.ids = [], [], [], []
+
+    async def ws(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        self.sockets.append((socket, request.transport))
+        self.ids.append(request.query["clientId"])
+        async for _ in socket:
+            pass
+        return socket
+
+    async def prompt(self, request: web.Request) -> web.Response:
+        self.asked.append(await request.json())
+        if "bad" in self.asked[-1]["prompt"]:
+            return web.json_response({"node_errors": {"1": "bad"}}, status=self.asked[-1]["prompt"]["bad"])
+        socket, transport = self.sockets[-1]
+        for item in self.says:
+            if isinstance(item, bytes):
+                await socket.send_bytes(item)
+            elif isinstance(item, dict):
+                await socket.send_json(item)
+            elif item == "garbage":
+                await socket.send_str("{")
+            elif item == "bye":
+                asyncio.create_task(socket.close())
+            else:
+                transport.abort()
+        return web.json_response({"prompt_id": "a"})
+
+    async def view(self, request: web.Request) -> web.Response:
+        return web.Response(body=repr(dict(request.query)).encode())
+
+    async def plain(self, request: web.Request) -> web.Response:
+        return web.Response(text="grün", status=int(request.query.get("status", 200)))
+
+    async def slow(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+
+    async def nothing(self, request: web.Request) -> web.Response:
+        return web.Response()
 
 
-def test_client_against_a_small_server():
-    """Over real sockets: the upgrade, an event that comes with it, JSON both ways, and an error's body."""
-    asked = []
-    listener = socket.create_server(("127.0.0.1", 0))
+@pytest.fixture
+def host():
+    served, loop = Host(), asyncio.new_event_loop()
 
-    def serve():
-        for _ in range(4):
-            sock, _ = listener.accept()
-            text = b""
-            while b"\r\n\r\n" not in text:
-                text += sock.recv(65536)
-            head, body = text.split(b"\r\n\r\n", 1)
-            length = re.search(rb"Content-Length: (\d+)", head)
-            while length and len(body) < int(length[1]):
-                body += sock.recv(65536)
-            asked.append((head, body))
-            if b"/ws?" in head:
-                end = json.dumps(_event("execution_success", "p1")).encode()
-                sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n" + frame(1, end))
-                continue  # stays open for the client to close
-            bad = b"bad" in body
-            answer = b'{"node_errors": {"1": "bad"}}' if bad else b'{"prompt_id": "p1"}'
-            sock.sendall(b"HTTP/1.1 %s\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n\r\n%s"
-                         % (b"400 Bad" if bad else b"200 OK", len(answer), answer))
-            sock.close()
+    async def start() -> web.AppRunner:
+        app = web.Application()
+        app.add_routes([web.get("/ws", served.ws), web.post("/prompt", served.prompt), web.get("/view", served.view),
+                        web.get("/plain", served.plain), web.get("/slow", served.slow),
+                        web.post("/interrupt", served.nothing)])
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        served.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        return runner
 
-    thread = threading.Thread(target=serve, daemon=True)
+    runner = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    with run.Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5) as talk:
-        assert talk.queue({"1": {}}) == "p1"
-        assert talk.follow("p1", timeout=5) == [_event("execution_success", "p1")]
-        with pytest.raises(run.HostError) as error:
-            talk.post("/prompt", {"prompt": "bad"})
-        assert error.value.status == 400 and error.value.body == {"node_errors": {"1": "bad"}}
-        assert talk.get("/anything") == {"prompt_id": "p1"}
-    thread.join(5)
-    listener.close()
-    assert f"/ws?clientId={talk.id}".encode() in asked[0][0] and json.loads(asked[1][1])["client_id"] == talk.id
+    yield served
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture
+def talk(host):
+    with client.Client(host.url, timeout=10) as made:
+        yield made
+
+
+def test_events_of_a_prompt_come_in_order_and_alone(host, talk):
+    big = event("progress", "a") | {"text": "ü" * 5_000_000}  # more than aiohttp takes unless it is told to
+    host.says = [{"type": "status", "data": {}}, {"type": "odd", "data": None}, event("execution_start", "a"),
+                 b"\0" * 5_000_000, event("execution_start", "b"), big, event(END, "a"), event("execution_error", "b")]
+    assert talk.queue({"1": {}}) == "a"
+    seen = []
+    assert talk.follow("a", seen.append, timeout=10) == seen == [event("execution_start", "a"), big, event(END, "a")]
+    assert talk.follow("b", timeout=10)[-1] == event("execution_error", "b")
+    assert talk.follow("a", timeout=10) == seen  # once more: nothing is used up
+    assert host.asked == [{"prompt": {"1": {}}, "client_id": talk.id}] and host.ids == [talk.id]
+    assert talk.queue({"2": {}}) == "a" and len(host.ids) == 1, "one connection for all prompts"
+
+
+def test_a_prompt_that_does_not_end_is_a_timeout(host, talk):
+    host.says = [event("execution_start", "a")]
+    with pytest.raises(TimeoutError, match="a was not done within 0.05 s"):
+        talk.follow(talk.queue({"1": {}}), timeout=0.05)
+
+
+@pytest.mark.parametrize("way", ["bye", "drop", "garbage"])
+def test_a_host_that_goes_away_is_an_error_and_the_next_prompt_connects_again(host, talk, way):
+    host.says = [event("execution_start", "a"), way]
+    if way == "drop":  # before the answer: the prompt itself may be lost, or its events
+        try:
+            talk.queue({"1": {}})
+        except ConnectionError:
+            pass
+    else:
+        talk.queue({"1": {}})
+    with pytest.raises(ConnectionError, match="went away before the end of a"):
+        talk.follow("a", timeout=10)
+    host.says = [event(END, "a")]
+    assert talk.follow(talk.queue({"1": {}}), timeout=10)[-1] == event(END, "a")
+    assert host.ids == [talk.id, talk.id]
+
+
+@pytest.mark.parametrize("status", [400, 200])
+def test_a_refused_prompt_carries_the_hosts_answer(talk, status):
+    with pytest.raises(client.HostError) as error:
+        talk.queue({"bad": status})
+    assert error.value.status == status and error.value.body == {"node_errors": {"1": "bad"}}
+
+
+def test_answers_of_every_kind(talk):
+    assert talk.get("/plain") == "grün" and talk.interrupt() is None
+    query = {"filename": "a b&c.png", "subfolder": "ü", "type": "temp"}
+    assert talk.view(**query) == repr(query).encode()
+    with pytest.raises(client.HostError) as error:
+        talk.get("/plain?status=503")
+    assert error.value.status == 503 and error.value.body == "grün"
+
+
+def test_a_host_that_is_not_there_or_not_answering_is_a_connection_error(host):
+    with client.Client("http://127.0.0.1:1") as nobody:
+        with pytest.raises(ConnectionError, match="no HTTP answer"):
+            nobody.get("/plain")
+        with pytest.raises(ConnectionError, match="would not open a websocket"):
+            nobody.queue({})
+    with client.Client(host.url, timeout=0.2) as hasty, pytest.raises(ConnectionError, match="no HTTP answer"):
+        hasty.get("/slow")
+
+
+def test_it_works_where_a_loop_is_running_and_closes_twice(host):
+    async def inside():
+        with client.Client(host.url) as talk:
+            answer = talk.get("/plain")
+            talk.close()
+            return answer
+
+    assert asyncio.run(inside()) == "grün"

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from run_module import fake_comfyui, run
-from styleloom_runner import environment, server
+from run_module import fake_comfyui, load_runner, run
+
+client, environment, server = map(load_runner, ("client", "environment", "server"))
 
 StepFailed = run.StepFailed
 
@@ -30,7 +31,7 @@ def repo(tmp_path):
 
 
 def test_make_base_links_both_packs(tmp_path, repo):
-    base = run.make_base(tmp_path / "base", repo)
+    base = server.make_base(tmp_path / "base", repo)
     assert sorted(os.listdir(base)) == ["custom_nodes", "input", "models", "output", "temp", "user"]
     packs = base / "custom_nodes"
     assert (packs / "StyleLoom" / "__init__.py").read_text() == "pack = 1"
@@ -38,7 +39,7 @@ def test_make_base_links_both_packs(tmp_path, repo):
     (base / "models" / "a").write_text("kept")
     other = tmp_path / "moved"
     other.mkdir()
-    run.make_base(base, other)  # the pack has moved, and this archive of it has no tests
+    server.make_base(base, other)  # the pack has moved, and this archive of it has no tests
     assert os.path.samefile(packs / "StyleLoom", other) and not (packs / "styleloom_kit").exists()
     assert (base / "models" / "a").read_text() == "kept"
     assert (repo / "__init__.py").exists() and (repo / "tests" / "kit" / "__init__.py").exists()
@@ -55,7 +56,7 @@ def test_where_links_cannot_be_made_a_copy_is(tmp_path, repo, monkeypatch):
         monkeypatch.setattr(_winapi, "CreateJunction", refuse)
     (repo / ".venv").mkdir()
     for _ in range(2):  # the copy of before is replaced
-        base = run.make_base(tmp_path / "base", repo)
+        base = server.make_base(tmp_path / "base", repo)
         copy = base / "custom_nodes" / "StyleLoom"
         assert (copy / "__init__.py").exists() and not server.is_link(copy) and not (copy / ".venv").exists()
 
@@ -74,7 +75,7 @@ def fake_host(comfy, tmp_path, repo, monkeypatch):
         (comfy / "comfy").mkdir(exist_ok=True)
         (comfy / "comfy" / "cli_args.py").write_text("\n".join(f'parser.add_argument("{flag}")' for flag in flags))
         (comfy / "main.py").write_text(main)
-        return run.Server(comfy, run.make_base(tmp_path / "base", repo), sys.executable)
+        return server.Server(comfy, server.make_base(tmp_path / "base", repo), sys.executable)
 
     yield make
     environment.has_accelerator.cache_clear()
@@ -124,7 +125,8 @@ http.server.HTTPServer(("127.0.0.1", port), Answer).serve_forever()
 
 def test_server_and_its_children_are_gone_at_the_end(fake_host):
     with fake_host(SERVES) as running:
-        assert run.Client(running.url).get("/system_stats") == {}
+        with client.Client(running.url) as talk:
+            assert talk.get("/system_stats") == {}
         assert running.failed_imports() == ["0.1 seconds (IMPORT FAILED): /somewhere/StyleLoom"]
         line = running.log_text().split()
         child = int(line[1])
