@@ -48,8 +48,11 @@ def dense(change: ThinSVD) -> torch.Tensor:
 def best_factors(
     matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 3
 ) -> tuple[LowRank, float]:
-    """About the best approximation of a matrix of that rank, and the share of ‖matrix‖² that it keeps: a randomised
-    range finder with power iterations (Halko, Martinsson and Tropp, 2011), or the SVD itself where the rank is not small."""
+    """About the best approximation of a matrix of that rank, and the share of ‖matrix‖² that it keeps.
+
+    A randomised range finder with power iterations (Halko, Martinsson and Tropp, 2011), or the SVD itself where the
+    rank is not small.
+    """
     out, inner = matrix.shape
     wide = rank + 16
     if 2 * wide >= min(out, inner):
