@@ -168,11 +168,7 @@ class Client:
                         self._events.append(event)
                         self._news.notify_all()
                 elif message.type is aiohttp.WSMsgType.ERROR:
-<<<<<<< HEAD
-                    lost = repr(socket.exception())
-=======
                     lost = repr(message.data)
->>>>>>> h/runner
         except ValueError as error:
             lost = repr(error)
         finally:
