@@ -19,7 +19,7 @@ from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
-from ..lora_patches import find_module, is_text_key, lora_patches, some
+from ..lora_patches import find_module, is_text_key, lora_patches, not_merged, some
 from ..row_terms import computed_in, parts_of
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
@@ -95,8 +95,8 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
         apart = sum(entry.strength != 0 and not entry.acts for entry in entries)
         if apart:
             plan.report.append(
-                f"{NAMES[branch]}: {apart} of {len(entries)} LoRAs left out: the LoRA's part of sampling and that of "
-                "its side do not meet"
+                f"{NAMES[branch]}: {apart} of {len(entries)} LoRAs left out: their start_percent and end_percent lie "
+                f"outside those of the {NAMES[branch]} side"
             )
         if not acting:
             plan.report.append(f"{NAMES[branch]}: the model as it is")
@@ -116,8 +116,11 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         )
     check_finite(lora, f"the {label}")
     patches = lora_patches(model, None, lora, label)
+    idle, notes = not_merged([model.model], patches)
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
+        if target in idle:
+            continue
         key, part, swap = parts_of(target)
         name, _, parameter = key.rpartition(".")
         layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
@@ -151,10 +154,11 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)
+    plan.report += [f"  {line}" for line in notes]
     if text:
         plan.report.append(
-            f"  {len(text)} keys for a text encoder are not a sampler's business: apply this LoRA to the clip of the "
-            f"{NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
+            f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to the "
+            f"clip of the {NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
         )
         logging.warning("StyleLoom: Asymmetric CFG: %s", plan.report[-1].strip())
 
