@@ -217,8 +217,5 @@ class OutputTransform(Term):
         out.add_(self.layer.pointwise(free, weights_like(matrix, y)))
 
 
-Turn = OutputTransform  # the name that the adapter kinds still use
-
-
 def _product(factors: list[torch.Tensor]) -> torch.Tensor:
     return factors[0] if len(factors) == 1 else factors[0] @ factors[1]

@@ -157,8 +157,8 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
     plan.report += [f"  {line}" for line in notes]
     if text:
         plan.report.append(
-            f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to the "
-            f"clip of the {NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
+            f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to "
+            f"the clip of the {NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
         )
         logging.warning("StyleLoom: Asymmetric CFG: %s", plan.report[-1].strip())
 

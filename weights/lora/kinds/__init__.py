@@ -22,7 +22,7 @@ import torch
 
 from ...errors import StyleLoomError
 from ..low_rank import LowRank
-from .base import Kind, NoTerm, Parts, Place, damaged
+from .base import AddedKind, Kind, NoTerm, Parts, Place, damaged
 from .boft import BOFTKind
 from .difference import BiasChange, FullDifference, SetWeight
 from .dora import DoRAKind
@@ -104,7 +104,7 @@ def low_rank(parts: Parts, stem: str) -> LowRank:
         StyleLoomError: a kind that cannot be merged, halves of an adapter, ranks that disagree, NaN or infinity.
     """
     ((kind, own),) = [row for row in kinds_of(parts, stem) if row[0].on_weight]
-    if kind.not_merged:
+    if not isinstance(kind, AddedKind):
         raise StyleLoomError(
             f"{stem} is {'an' if kind.name[0] in 'IO' else 'a'} {kind.name} adapter",
             "a LoRA, LoCon, LoHa or LoKr",

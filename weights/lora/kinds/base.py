@@ -95,7 +95,7 @@ class Kind(ABC):
         on_weight: It is an adapter of the weight: a layer has at most one of these kinds in a file.
         host_name: The name of the host's adapter, or the first member of its patch tuple ("diff", "set").
         host_order: The parts as they stand in `adapter.weights`, or in the second member of the patch tuple.
-        not_merged: Why it cannot be merged as a LoRA; '' where it can.
+        not_merged: Why it cannot be merged as a LoRA; '' for `AddedKind` and for full differences.
         not_scaled: Why a strength cannot be put into its file; '' where it can.
     """
 
@@ -159,14 +159,6 @@ class Kind(ABC):
         """What the parts say of a convolution's kernel; () where they are matrices."""
         return ()
 
-    def change(self, parts: Parts) -> torch.Tensor:
-        """The change of the weight at strength 1, (out, …), in float32 or better. Only for kinds that add."""
-        raise NotImplementedError(self.name)
-
-    def low_rank(self, parts: Parts) -> LowRank:
-        """The change as a product. Only for adapters with an empty `not_merged`."""
-        raise NotImplementedError(self.name)
-
     # --- a strength in the file
 
     def scaled(self, parts: Parts, strength: float) -> dict[str, torch.Tensor]:
@@ -203,6 +195,18 @@ class Kind(ABC):
         return ""
 
 
+class AddedKind(Kind):
+    """A kind whose change of the weight is of low rank and does not depend on the weight: it can be merged."""
+
+    @abstractmethod
+    def change(self, parts: Parts) -> torch.Tensor:
+        """The change of the weight at strength 1, (out, …), in float32 or better."""
+
+    @abstractmethod
+    def low_rank(self, parts: Parts) -> LowRank:
+        """The change as a product, exactly and without forming it."""
+
+
 def scaled_tensor(tensor: torch.Tensor, strength: float) -> torch.Tensor:
     """Multiplied in float32 or better, with one rounding to its dtype."""
     return (wide(tensor) * strength).to(tensor.dtype)
@@ -214,7 +218,7 @@ def weight_only(kind: Kind, place: Place) -> None:
         raise NoTerm(f"a {kind.name} adapter on a {place.layer.kind} layer's {place.parameter}")
 
 
-def multiplied_out(kind: Kind, parts: Parts, place: Place) -> Difference:
+def multiplied_out(kind: AddedKind, parts: Parts, place: Place) -> Difference:
     """The row form of a change that is multiplied out at every use, since it is far larger than its parts."""
     layer = place.part_layer()
     if place.part is not None and layer.kind != "linear":

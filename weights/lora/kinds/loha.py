@@ -11,13 +11,13 @@ import torch
 from ...row_adapters.terms import Term
 from ..algebra import thin_svd
 from ..low_rank import LowRank
-from .base import ALPHA, Kind, Parts, Place, columns, multiplied_out, size, weight_only, wide
+from .base import ALPHA, AddedKind, Parts, Place, columns, multiplied_out, size, weight_only, wide
 
 _MATRICES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
-class LoHaKind(Kind):
+class LoHaKind(AddedKind):
     """w1_a, w2_a (out, rank); w1_b, w2_b (rank, in·kernel)."""
 
     name = "LoHa"

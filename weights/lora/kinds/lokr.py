@@ -11,12 +11,12 @@ import torch
 from ...row_adapters.terms import Kronecker, Term
 from ..algebra import ThinSVD, thin_svd
 from ..low_rank import LowRank
-from .base import ALPHA, Kind, Parts, Place, columns, multiplied_out, size, tucker, weight_only, wide
+from .base import ALPHA, AddedKind, Parts, Place, columns, multiplied_out, size, tucker, weight_only, wide
 
 _NAMES = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
-class LoKrKind(Kind):
+class LoKrKind(AddedKind):
     """w1 (out1, in1) or w1_a (out1, rank) · w1_b (rank, in1); w2 (out2, in2, *kernel) or w2_a (out2, rank) · w2_b
     (rank, in2·kernel), or with a core t2 (rank, rank, *kernel), w2_a (rank, out2) and w2_b (rank, in2)."""
 

@@ -9,7 +9,7 @@ import torch
 
 from ...row_adapters.terms import ConvLowRank, Term
 from ..low_rank import LowRank
-from .base import ALPHA, Kind, NoTerm, Parts, Place, columns, multiplied_out, size, weight_only, wide
+from .base import ALPHA, AddedKind, NoTerm, Parts, Place, columns, multiplied_out, size, weight_only, wide
 
 
 def _half(side: str, letter: str) -> str:
@@ -21,7 +21,7 @@ def _half(side: str, letter: str) -> str:
     )
 
 
-class LoRAKind(Kind):
+class LoRAKind(AddedKind):
     """down (rank, in, *kernel), up (out, rank, 1…), mid (rank, rank, *kernel) or none.
 
     `reshape_weight` is the size to which the host enlarges the layer first, with zeros (FLUX control LoRAs).

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...row_adapters.terms import Term, Turn
+from ...row_adapters.terms import OutputTransform, Term
 from ..low_rank import LowRank
 from .base import ALPHA, Kind, NoTerm, Parts, Place, size, weight_only, wide
 
@@ -80,7 +80,7 @@ class OFTKind(Kind):
         return "the rescale of an OFT" if parts.get("rescale") is not None else ""
 
 
-def turning(turn: Callable[[Parts, float], torch.Tensor], parts: Parts, place: Place) -> Turn:
+def turning(turn: Callable[[Parts, float], torch.Tensor], parts: Parts, place: Place) -> OutputTransform:
     """The row form of an adapter that acts on the rows of the weight."""
     names = [name for name, value in parts.items() if isinstance(value, torch.Tensor)]
     numbers = {name: value for name, value in parts.items() if name not in names}
@@ -89,4 +89,4 @@ def turning(turn: Callable[[Parts, float], torch.Tensor], parts: Parts, place: P
         there = {name: wide(tensor.to(like.device)) for name, tensor in zip(names, held, strict=True)}
         return turn(numbers | there, strength)
 
-    return Turn(place.layer, place.source, make, holds=[parts[name] for name in names])
+    return OutputTransform(place.layer, place.source, make, holds=[parts[name] for name in names])

@@ -19,7 +19,7 @@ from styleloom.weights.row_adapters.terms import (
     Difference,
     InputAndOutput,
     Kronecker,
-    Turn,
+    OutputTransform,
 )
 
 D = torch.float64
@@ -180,7 +180,7 @@ def test_dense_bias_glora_and_turn_on_convolutions(conv):
     )
     turn = normal(8, 8)
     expected = weight + 0.7 * torch.einsum("op,pi...->oi...", turn, weight)
-    term = Turn(layer, 0, lambda held, strength, like: strength * held[0], holds=[turn])
+    term = OutputTransform(layer, 0, lambda held, strength, like: strength * held[0], holds=[turn])
     torch.testing.assert_close(through(module, term, x), merged(module, x, expected))
 
 
