@@ -6,7 +6,7 @@ import pytest
 import torch
 from shared_models import ONE
 
-SEEDS = range(8)
+SEEDS = range(4)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def low(kit, benches, monkeypatch):
 @pytest.mark.parametrize("name", ("sd1.5", "flux2"))
 @pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16))
 def test_in_bfloat16(name, stored, benches, low, loras, distance):
-    """Ours against two passes, each by its distance from the float32 truth, over eight seeds of noise.
+    """Ours against two passes, each by its distance from the float32 truth, over four seeds of noise.
 
     One seed says little: which seed has which ratio of the two errors is the processor's matter (in which order it
     sums, and whether it rounds products first). So the errors are summed in squares. The bound: the merged pass rounds
@@ -54,6 +54,7 @@ def test_in_bfloat16(name, stored, benches, low, loras, distance):
             other.append(distance(passes_low, bench.symmetric(truth[0][0], sampling=sampling)))
     rounding = (sum(passes) / len(passes)) ** 0.5
     assert 1e-4 < rounding < 0.2
+    print(name, stored, rounding, [(a / b) ** 0.5 for a, b in zip(made, passes)], (sum(apart) / len(apart)) ** 0.5 / rounding)
     assert sum(made) < 3 * sum(passes)
     # Two errors apart: at most the sum of their sizes, 1 + √3.
     assert (sum(apart) / len(apart)) ** 0.5 < (1 + 3**0.5) * rounding
