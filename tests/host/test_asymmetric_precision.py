@@ -54,7 +54,6 @@ def test_in_bfloat16(name, stored, benches, low, loras, distance):
             other.append(distance(passes_low, bench.symmetric(truth[0][0], sampling=sampling)))
     rounding = (sum(passes) / len(passes)) ** 0.5
     assert 1e-4 < rounding < 0.2
-    print(name, stored, rounding, [(a / b) ** 0.5 for a, b in zip(made, passes)], (sum(apart) / len(apart)) ** 0.5 / rounding)
     assert sum(made) < 3 * sum(passes)
     # Two errors apart: at most the sum of their sizes, 1 + √3.
     assert (sum(apart) / len(apart)) ** 0.5 < (1 + 3**0.5) * rounding
