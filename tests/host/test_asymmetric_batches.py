@@ -157,9 +157,7 @@ def controlnet(kit, bench):
                 "disable_unet_model_creation")  # fmt: skip
     config = {k: v for k, v in bench.model.model.model_config.unet_config.items() if k not in left_out}
     with torch.inference_mode(False):
-        net = comfy.cldm.cldm.ControlNet(
-            hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config
-        )
+        net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, **config)
         kit.weights_fill.fill(net, 3, prefix="control.")
     return comfy.controlnet.ControlNet(net.eval(), load_device=comfy.model_management.get_torch_device())
 

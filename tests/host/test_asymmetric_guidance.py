@@ -52,7 +52,7 @@ def test_disable_cfg1_optimization(bench, loras, kit, distance):
 
 
 def sd3_style_skip(run_node, model):
-    return run_node("SkipLayerGuidanceDiT", model=model, double_layers="0, 1", single_layers="1", scale=2.0,
+    return run_node("SkipLayerGuidanceDiT", model=model, double_layers="0", single_layers="1", scale=2.0,
                     start_percent=0.0, end_percent=1.0, rescaling_scale=0.3)[0]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ GUIDANCE = {
     "SkipLayerGuidanceDiT": ("flux2", sd3_style_skip),
     "SkipLayerGuidanceDiTSimple": (
         "flux2", lambda run, model: run("SkipLayerGuidanceDiTSimple", model=model, double_layers="0",
-                                        single_layers="1, 2", start_percent=0.0, end_percent=1.0)[0]),
+                                        single_layers="0, 1", start_percent=0.0, end_percent=1.0)[0]),
     "PAG and RescaleCFG": (
         "sd1.5", lambda run, model: run("RescaleCFG", multiplier=0.5, model=run(
             "PerturbedAttentionGuidance", model=model, scale=1.0)[0])[0]),

@@ -16,7 +16,7 @@ def rig(request, benches):
 
 @pytest.fixture
 def small(benches):
-    """Four blocks: quick to compile."""
+    """Three blocks: quick to compile."""
     torch._dynamo.reset()
     yield benches("flux2")
     torch._dynamo.reset()

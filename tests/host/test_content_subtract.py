@@ -98,8 +98,8 @@ def test_a_tower_that_hands_out_unprojected_vectors(run_node, kit, models, remov
     (lambda w: torch.eye(len(w)), "is the identity"),
     (lambda w: torch.cat([w[:-1], w[:1] * 0]), "empty rows"),
 ])  # fmt: skip
-def test_a_projection_that_no_file_had(broken, words, run_node, encode, remove):
-    clip = run_node("StyleLoomKitModel", architecture="sdxl", seed=0)[1]
+def test_a_projection_that_no_file_had(broken, words, kit, encode, remove):
+    clip = kit.architectures.ARCHITECTURES["sdxl"].clip(0)
     projection = clip.cond_stage_model.clip_g.transformer.text_projection
     with torch.no_grad():
         projection.weight.copy_(broken(projection.weight))
@@ -119,8 +119,8 @@ def test_towers_that_do_not_belong_together(run_node, kit, models, encode, remov
     siglip = comfy.clip_vision.Output()
     siglip["image_embeds"], siglip["penultimate_hidden_states"] = torch.ones(1, 729, 1152), torch.ones(1, 729, 1152)
     refused("without a projected image vector", remove, siglip)
-    flux = run_node("StyleLoomKitModel", architecture="z-image", seed=0)[1]
-    refused("no CLIP text tower", remove, encode(1), with_clip=flux)
+    z_image = kit.architectures.ARCHITECTURES["z-image"].clip(0)
+    refused("no CLIP text tower", remove, encode(1), with_clip=z_image)
 
 
 def test_words_that_cannot_be_read(encode, remove):

@@ -83,7 +83,7 @@ def test_wrong_files(run_node, folder, parts):
     refused("is not there", run_node, "StyleLoomLoadIPAdapter", ipadapter_name="../../x.bin")
 
 
-def test_a_model_that_does_not_fit(run_node, folder, parts, models, encode):
+def test_a_model_that_does_not_fit(run_node, folder, parts, models, encode, kit):
     inject = lambda model, adapter: run_node(  # noqa: E731
         "StyleLoomStyleBlockInjector", model=model, ipadapter=adapter, style={"style0": encode(1)}, preset="style",
         weight=1.0)  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_model_that_does_not_fit(run_node, folder, parts, models, encode):
     save_file(flat(parts(channels=64)), str(folder / "wide.safetensors"))
     sdxl = load(run_node, "sdxl.safetensors")
     refused("model is SD1.5, and files/sdxl.safetensors is made for SDXL", inject, models["sd1.5"][0], sdxl)
-    flux = run_node("StyleLoomKitModel", architecture="flux2", seed=0)[0]
+    flux = kit.architectures.make_model("flux2")
     refused("model is Flux2 with 0 cross-attentions", inject, flux, sdxl)
     refused("makes 128 numbers, and .* is 64 wide", inject, models["sdxl"][0], load(run_node, "wide.safetensors"))
 

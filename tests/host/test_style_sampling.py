@@ -9,7 +9,7 @@ import style_oracle as oracle
 import torch
 from style_calls import blocks, keys_values
 
-STEPS = 2
+STEPS = 1
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,14 @@ def negative_first(count, n):
 
 
 def test_a_whole_run(sdxl, inject, sample, planned):
-    plain = sample(sdxl, batch=2)
-    made = sample(inject(sdxl), batch=2)
+    run = {"batch": 2, "steps": 2}
+    plain = sample(sdxl, **run)
+    made = sample(inject(sdxl), **run)
     with oracle.injected(sdxl.model.diffusion_model, planned(negative_first)) as hit:
-        due = sample(sdxl, batch=2)
+        due = sample(sdxl, **run)
     assert close(made, due) and not close(made, plain)
-    assert len(hit) == 70 and set(hit.values()) == {STEPS}
-    assert torch.equal(sample(sdxl, batch=2), plain)
+    assert len(hit) == 70 and set(hit.values()) == {2}
+    assert torch.equal(sample(sdxl, **run), plain)
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,16 @@ class Bench:
         self.run, self.kit, self.name, self.short = run_node, kit, name, short
         self.model = self.fresh()
         self.clip = kit.architectures.ARCHITECTURES[name].clip(1)
+        self._prompts: dict[str, list] = {}
         self.positive, self.negative = self.prompt("a red boat"), self.prompt("blurry")
         self.report = ""
         self._bare: dict[str, object] = {}
         self._kept: list = []
 
     def prompt(self, text: str):
-        return self.run("CLIPTextEncode", clip=self.clip, text=text)[0]
+        if text not in self._prompts:
+            self._prompts[text] = self.run("CLIPTextEncode", clip=self.clip, text=text)[0]
+        return self._prompts[text]
 
     def latent(self, batch: int = 1) -> dict:
         return {"samples": torch.zeros(batch, *LATENTS[self.name])}
