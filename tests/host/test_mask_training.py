@@ -17,12 +17,13 @@ STEPS = (0.004, 0.002)  # of a mask, for central differences
 CLOSE = 1e-4  # relative: two ways through a whole model in float32
 CONTENT_LINES = ["a red cube", "a red cube on a long wooden table in the sun"]
 STYLE_LINES = ["an ink drawing of many small houses"]
-# A part of each model: convolutions, attention and feed-forward; q, k and v of a fused layer by their own names.
+# A part of each model of few blocks: convolutions, attention and feed-forward; q, k and v of a fused layer by their own
+# names.
 CONTAINS = {
-    "sd1.5": ("input_blocks.1.", "diffusion_model.input_blocks.2.0.in_layers"),
-    "sdxl": ("input_blocks.4.1.transformer_blocks.0.", "output_blocks.3.0.in_layers"),
+    "sd1.5": ("input_blocks.1.", "diffusion_model.input_blocks.3.0.in_layers"),
+    "sdxl": ("input_blocks.3.1.transformer_blocks.0.", "output_blocks.0.0.in_layers"),
     "z-image": ("layers.1.", "transformer.layers.0.attention.to_"),
-    "flux2": ("double_blocks.1.", "single_transformer_blocks.0.", "transformer.transformer_blocks.0.attn.to_"),
+    "flux2": ("double_blocks.0.img_mlp", "single_transformer_blocks.0.", "transformer.transformer_blocks.0.attn.to_"),
     "qwen-image": ("transformer_blocks.1.",),
 }
 
@@ -35,7 +36,9 @@ def ours(pack):
 @pytest.fixture(scope="module", params=CONTAINS)
 def bench(request, kit, host):
     """(model, clip, content LoRA, style LoRA) of an architecture."""
-    model, clip, _ = kit.architectures.make(request.param, 1)
+    model = kit.architectures.make_model(request.param, 1, short=True)
+    with torch.inference_mode(False):
+        clip = kit.architectures.ARCHITECTURES[request.param].clip(1)
     key_map = host.comfy.lora.model_lora_keys_unet(model.model, {})
     state = model.model.state_dict()
     loras = []
@@ -215,7 +218,7 @@ def test_training(bench, merge, patched, ours, host, monkeypatch):
     slope, (wide, narrow) = float(seen["gradient"].norm()), seen["slopes"]
     assert slope > 0 and abs(slope - narrow) <= abs(wide - narrow) + 256 * seen["rounding"] + CLOSE * slope
     assert distance(seen["checkpointed"], seen["cycle"]) < CLOSE
-    assert distance(seen["cycle"], seen["gradient"]) > 100 * CLOSE
+    assert distance(seen["cycle"], seen["gradient"]) > 30 * CLOSE, "or the line above would say nothing"
 
     model, clip, *loras = bench
     lessons = seen["lessons"]

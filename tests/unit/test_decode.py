@@ -89,7 +89,7 @@ def oracle(tensors, stored, x, rank, a_width, b_width, hidden, rounded):
 
 
 @pytest.mark.parametrize(("arithmetic", "rounded"), [("fp32", _exactly), ("reference", _to_bf16)])
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("spec", [Z_SMALL, Q_SMALL, Q_COARSE, Q_FINE], ids=["z-image", "style", "coarse", "fine"])
 def test_every_element_follows_the_formula(spec, count, arithmetic, rounded, tmp_path):
     """fp32 rounds nothing; reference rounds to bf16 after each map."""
@@ -128,7 +128,7 @@ def test_the_two_arithmetics_differ_here(tmp_path):
     assert late, "rounding at the end alone gives the same"
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_what_finish_makes_comes_out(count, tmp_path):
     """Called once a target, with the pairs that come out without it, in whatever thread."""
     path = write_predictor(tmp_path / "m.safetensors", Z_SMALL)
