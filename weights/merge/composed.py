@@ -27,13 +27,19 @@ _NEAR = 1e-4  # one minus the cosine of input directions that may be the same: t
 
 
 class Pair(NamedTuple):
-    """The factors of content and style of one layer, float32, without their strengths, and the strengths."""
+    """The factors of content and style of one layer as they are in the file, and the strengths that are not in them
+    yet."""
 
     down_c: torch.Tensor
     up_c: torch.Tensor
     down_s: torch.Tensor
     up_s: torch.Tensor
     strengths: tuple[float, float]
+
+    def wide(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The four factors to compute with. They are made twice, which takes less time than it takes to fetch those of
+        many layers from memory again."""
+        return [part.float().to(dtype) for part in self[:4]]
 
 
 class _Grams(NamedTuple):
@@ -99,7 +105,7 @@ def _all_grams(each: list[Pair], dtype: torch.dtype) -> tuple[_Grams, _Grams]:
     """A Aᵀ and Bᵀ B, computed in that dtype."""
     downs, ups = [], []
     for pair in each:
-        a, b, c, d = (part.to(dtype) for part in pair[:4])
+        a, b, c, d = pair.wide(dtype)
         downs.append((a @ a.T, c @ c.T, a @ c.T))
         ups.append((b.T @ b, d.T @ d, b.T @ d))
     return tuple(_Grams(*(torch.stack(part).double() for part in zip(*grams))) for grams in (downs, ups))
@@ -189,20 +195,18 @@ class _Plan(NamedTuple):
     def carry_out(self, pair: Pair, row: int, dtype: torch.dtype | None) -> LowRank:
         """The merged layer of that row."""
         rows_c, rows_s, columns_c, columns_s, own, other_c, other_s, kept = (part[row] for part in self)
-        dtype = dtype or torch.float32
+        down_c, up_c, down_s, up_s = pair.wide(torch.float32)
         r_c, n = rows_c.shape[0], other_c.shape[0]
-        content, style = rows_c @ pair.down_c, rows_s @ pair.down_s
-        down = torch.empty(kept.numel(), content.shape[1], dtype=dtype)
+        content, style = rows_c @ down_c, rows_s @ down_s
+        down, up = torch.empty(kept.numel(), content.shape[1]), torch.empty(len(up_c), kept.numel())
         for part, mine, partner, first, other in (
             (down[:r_c], content, style, own[:r_c], other_c),
             (down[r_c:], style, content, own[r_c:], other_s),
         ):
-            turned = mine * first
-            turned[:n].addcmul_(partner[:n], other)
-            part.copy_(turned)
-        up = torch.empty(pair.up_c.shape[0], kept.numel(), dtype=dtype)
-        up[:, :r_c] = pair.up_c @ columns_c
-        up[:, r_c:] = pair.up_s @ columns_s
+            torch.mul(mine, first, out=part)
+            part[:n].addcmul_(partner[:n], other)
+        torch.mm(up_c, columns_c, out=up[:, :r_c])
+        torch.mm(up_s, columns_s, out=up[:, r_c:])
         if not bool(kept.all()):
             down, up = down[kept], up[:, kept]
-        return LowRank(down, up)
+        return LowRank(down, up) if dtype is None else LowRank(down.to(dtype), up.to(dtype))
