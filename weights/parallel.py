@@ -14,6 +14,18 @@ Result = TypeVar("Result")
 
 
 @contextmanager
+def single_threaded() -> Iterator[None]:
+    """A block in which torch computes on one thread: for many small passes over memory, at which more threads mostly
+    wait for each other, spinning. Afterwards the number of threads is as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def map_single_threaded(
     function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 1
 ) -> Iterator[Iterator[Result]]:

@@ -10,7 +10,8 @@ from ..errors import StyleLoomError
 from .kinds import IA3, KINDS
 
 _ENDINGS = {part: ending for kind in KINDS for part, ending in kind.endings.items()}
-_KEY = re.compile("|".join(f"(?P<{part}>{ending})$" for part, ending in _ENDINGS.items()))
+# Every ending begins with `.` or `_`: elsewhere in a key none of the many needs to be tried.
+_KEY = re.compile("(?=[._])(?:" + "|".join(f"(?P<{part}>{ending})$" for part, ending in _ENDINGS.items()) + ")")
 
 
 def key_part(key: str) -> tuple[str, str] | None:

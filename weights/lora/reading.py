@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import StyleLoomError
+from ..parallel import single_threaded
 from .keys import group_keys, tensors_of
 from .kinds import BIAS_CHANGE, check_finite_parts, kinds_of, low_rank
 from .low_rank import LowRank
@@ -57,6 +58,7 @@ def _common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return dtype or torch.float32
 
 
+@single_threaded()  # it looks through every tensor once
 def read_lora(
     lora: Mapping[str, torch.Tensor],
     label: str,
@@ -127,7 +129,7 @@ def _take(result: CanonicalLoRA, target, stem: str, keys, parts, weight_shape: W
         if kind.on_weight:
             shape = _known_shape(result, target, weight_shape)
             _refuse_enlarging(own, where, target, shape)
-            result.adapters[target] = with_kernel(low_rank(own, where), shape, where, target)
+            result.adapters[target] = with_kernel(low_rank(own, where, kind), shape, where, target)
             own = {part: own[part] for part in own if part == "reshape_weight"}
             result.kinds[kind.name] = result.kinds.get(kind.name, 0) + 1
         elif kind is BIAS_CHANGE and isinstance(target, tuple):

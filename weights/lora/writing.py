@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from ..errors import StyleLoomError
+from ..parallel import single_threaded
 from .kinds import LORA, is_finite
 from .kinds.base import wide
 from .lora_model import LoRAModel
@@ -24,6 +25,7 @@ def names_of(key_map: Mapping[str, Hashable]) -> dict[Hashable, list[str]]:
     return found
 
 
+@single_threaded()  # it looks through every tensor once
 def write_lora(
     adapters: Mapping[Hashable, LowRank],
     other: Mapping[tuple[Hashable, str], torch.Tensor],

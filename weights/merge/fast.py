@@ -13,6 +13,7 @@ from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
 from ..parallel import map_single_threaded
 from .alignment import all_targets, common_kernel
+from .composed import Pair, merge_few
 from .gauge import principal_gauge
 from .one_layer import changes_of, figures, merged_layer, single_layer, warn_of_shared_start
 from .priors import Prior
@@ -20,7 +21,7 @@ from .result import LayerReport, MergedLayers
 from .ziprank import DUAL_GAIN, masks_at, masks_of, moments, ridge_for, stack
 
 
-AT_ONCE = 8  # layers: their masks are solved side by side, which takes no longer than those of one
+AT_ONCE = 24  # layers: their small matrices stand side by side, which takes hardly longer than those of one
 
 
 @dataclass
@@ -60,9 +61,26 @@ def merge_fast(
     """
     loras = (content, style)
 
+    def composed(targets: list[Hashable]) -> dict[Hashable, tuple[LowRank, LayerReport]]:
+        """The layers whose small matrices are enough."""
+        groups: dict[tuple[int, int], dict[Hashable, Pair]] = {}
+        for target in targets:
+            pair = pair_of(target, loras, strengths, max_rank)
+            if pair is not None:
+                groups.setdefault((len(pair.down_c), len(pair.down_s)), {})[target] = pair
+        found = {}
+        for pairs in groups.values():
+            weights = torch.tensor([prior(target) for target in pairs], dtype=torch.float64)
+            found |= merge_few(pairs, weights, separation, keep, dtype)
+        return found
+
     def few(targets: list[Hashable]) -> list[_Done]:
         done, gauges = {}, {}
+        for target, (made, report) in composed(targets).items():
+            done[target] = _Done(target, [False, False], made, report)
         for target in targets:
+            if target in done:
+                continue
             found, weights = changes_of(target, loras, strengths), prior(target)
             empty = [change is None and target in lora.adapters for change, lora in zip(found, loras)]
             done[target] = _Done(target, empty)
@@ -86,7 +104,7 @@ def merge_fast(
                 if dtype is not None:
                     down, up = down.to(dtype), up.to(dtype)
                 layer.made = replace(layer.made, down=down, up=up, kernel=kernel)
-        return list(done.values())
+        return [done[target] for target in targets]
 
     result, empty = MergedLayers(), [0, 0]
     targets = all_targets(loras)
@@ -100,6 +118,22 @@ def merge_fast(
     result.notes += empty_lines(loras, empty)
     warn_of_shared_start(result)
     return result
+
+
+def pair_of(
+    target: Hashable, loras: tuple[CanonicalLoRA, CanonicalLoRA], strengths: tuple[float, float], max_rank: int
+) -> Pair | None:
+    """The factors of a layer that both LoRAs have, where `composed` can take them: in float32 or less, with no more
+    rows than columns, and without directions that a limit of the rank would cut."""
+    found = [lora.adapters.get(target) for lora in loras]
+    if None in found or 0 in strengths or 0 in [adapter.scale for adapter in found]:
+        return None
+    if any(adapter.down.dtype == torch.float64 or not 0 < adapter.rank <= min(adapter.shape) for adapter in found):
+        return None
+    if max_rank and sum(adapter.rank for adapter in found) > max_rank:
+        return None
+    factors = [tensor for adapter in found for tensor in (adapter.down, adapter.up)]
+    return Pair(*factors, tuple(strength * adapter.scale for strength, adapter in zip(strengths, found)))
 
 
 def empty_lines(loras: tuple[CanonicalLoRA, CanonicalLoRA], empty: list[int]) -> list[str]:

@@ -43,14 +43,19 @@ def _clusters(values: torch.Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def _settle(up_c: torch.Tensor, up_s: torch.Tensor, p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> None:
+def settle(own_c: torch.Tensor, own_s: torch.Tensor, p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> None:
     """Fix the rotation inside each run of equal cosines, in place, by the directions of up_cᵀup_c + up_sᵀup_s there:
-    the one choice that depends on nothing but the two changes and is the same when they swap roles."""
+    the one choice that depends on nothing but the two changes and is the same when they swap roles.
+
+    Args:
+        own_c, own_s: up_cᵀup_c and up_sᵀup_s before the turn, (rank, rank).
+        p, q: what turns them. d: the cosines.
+    """
     for first, end in _clusters(d):
-        a, b = up_c @ p[:, first:end], up_s @ q[:, first:end]
-        _, turn = torch.linalg.eigh(a.T @ a + b.T @ b)
-        p[:, first:end] = p[:, first:end] @ turn
-        q[:, first:end] = q[:, first:end] @ turn
+        a, b = p[:, first:end], q[:, first:end]
+        _, turn = torch.linalg.eigh(a.T @ own_c @ a + b.T @ own_s @ b)
+        p[:, first:end] = a @ turn
+        q[:, first:end] = b @ turn
 
 
 def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
@@ -62,7 +67,8 @@ def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
     up_c, up_s = content.up * content.values, style.up * style.values
     p, d, qh = torch.linalg.svd(content.down @ style.down.T, full_matrices=True)
     q, d = qh.T.contiguous(), d.clamp(0.0, 1.0)
-    _settle(up_c, up_s, p, q, d)
+    if _clusters(d):
+        settle(up_c.T @ up_c, up_s.T @ up_s, p, q, d)
     return Gauge(up_c @ p, p.T @ content.down, up_s @ q, q.T @ style.down, d)
 
 

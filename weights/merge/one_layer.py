@@ -60,6 +60,11 @@ def figures(m: Moments, masks: Masks) -> list[dict]:
     ]
 
 
+def chance_overlap(down_c: torch.Tensor, down_s: torch.Tensor) -> float:
+    """The mean squared cosine that row spaces of these sizes, (rank, in), have by chance."""
+    return min(1.0, max(down_c.shape[0], down_s.shape[0]) / down_c.shape[1])
+
+
 def merged_layer(gauge: Gauge, masks: Masks, figure: dict, max_rank: int = 0) -> tuple[LowRank, LayerReport]:
     """The merged change of a layer that both LoRAs have, and its report.
 
@@ -69,7 +74,7 @@ def merged_layer(gauge: Gauge, masks: Masks, figure: dict, max_rank: int = 0) ->
         max_rank: 0 keeps every direction that a mask leaves; else the best approximation of that rank.
     """
     made, energy = cut(build(gauge, masks), max_rank)
-    chance = min(1.0, max(gauge.up_c.shape[1], gauge.up_s.shape[1]) / gauge.down_c.shape[1])
+    chance = chance_overlap(gauge.down_c, gauge.down_s)
     report = LayerReport(rank=made.rank, energy=energy, chance=chance, **figure)
     if energy < 1:
         report.kept, report.loss = on_own_inputs(made, gauge)

@@ -175,16 +175,25 @@ def gains(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     return content / m.alpha.sum(-1), style / m.beta.sum(-1)
 
 
+def response_sizes(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared lengths of the merged input directions, content's (…, r_c) and style's (…, r_s)."""
+    n, found = m.cosines.shape[-1], []
+    for own, cross in ((masks.content, masks.cross_c), (masks.style, masks.cross_s)):
+        squared = own.square()
+        if cross is not None:
+            squared[..., :n] += 2 * own[..., :n] * cross * m.cosines + cross.square()
+        found.append(squared)
+    return tuple(found)
+
+
 def squared_sizes(m: Moments, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     """(‖L(m)‖², ‖L_c + L_s‖²), (…,)."""
     n, d = m.cosines.shape[-1], m.cosines
     a, b = masks.content[..., :n], masks.style[..., :n]
     c, e = (0.0, 0.0) if masks.cross_c is None else (masks.cross_c, masks.cross_s)
-    alpha, beta = m.alpha[..., :n], m.beta[..., :n]
-    rows_c, rows_s = a * a + 2 * a * c * d + c * c, b * b + 2 * b * e * d + e * e
-    merged = (alpha * rows_c + beta * rows_s + 2 * m.kappa * (a * e + (a * b + c * e) * d + c * b)).sum(-1)
-    merged = merged + (masks.content.square() * m.alpha)[..., n:].sum(-1)
-    merged = merged + (masks.style.square() * m.beta)[..., n:].sum(-1)
+    rows_c, rows_s = response_sizes(m, masks)
+    merged = (m.alpha * rows_c).sum(-1) + (m.beta * rows_s).sum(-1)
+    merged = merged + 2 * (m.kappa * (a * e + (a * b + c * e) * d + c * b)).sum(-1)
     return merged, m.alpha.sum(-1) + m.beta.sum(-1) + 2 * (m.kappa * d).sum(-1)
 
 

@@ -93,17 +93,21 @@ def to_host(adapter, parts: Parts):
     return type(adapter)(adapter.loaded_keys, (*(parts.get(part) for part in kind.host_order), *more))
 
 
-def low_rank(parts: Parts, stem: str) -> LowRank:
+def low_rank(parts: Parts, stem: str, known: Kind | None = None) -> LowRank:
     """The change that one adapter makes, as a product, exactly and without forming it.
 
     Args:
         parts: the parts under one stem, from a file.
         stem: for messages.
+        known: the kind, where `kinds_of` has found it, and these are its own parts. None: it is asked here.
 
     Raises:
         StyleLoomError: a kind that cannot be merged, halves of an adapter, ranks that disagree, NaN or infinity.
     """
-    ((kind, own),) = [row for row in kinds_of(parts, stem) if row[0].on_weight]
+    if known is None:
+        ((kind, own),) = [row for row in kinds_of(parts, stem) if row[0].on_weight]
+    else:
+        kind, own = known, parts
     if not isinstance(kind, AddedKind):
         raise StyleLoomError(
             f"{stem} is {'an' if kind.name[0] in 'IO' else 'a'} {kind.name} adapter",
