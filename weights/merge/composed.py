@@ -96,8 +96,8 @@ def merge_few(
     for row, (index, figure) in enumerate(zip(well, figures(gauge.moments, masks))):
         if float(gauge.moments.cosines[row, 0]) < 1 - _NEAR:
             made = plan.carry_out(each[index], row, dtype)
-            report = LayerReport(rank=made.rank, chance=chance_overlap(each[index].down_c, each[index].down_s), **figure)
-            found[targets[index]] = made, report
+            chance = chance_overlap(each[index].down_c, each[index].down_s)
+            found[targets[index]] = made, LayerReport(rank=made.rank, chance=chance, **figure)
     return found
 
 
