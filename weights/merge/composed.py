@@ -97,8 +97,7 @@ def merge_few(
         if float(gauge.moments.cosines[row, 0]) < 1 - _NEAR:
             made = plan.carry_out(each[index], row, dtype)
             chance = chance_overlap(each[index].down_c, each[index].down_s)
-            report = LayerReport(rank=made.rank, chance=chance, **figure)
-            found[targets[index]] = made, report
+            found[targets[index]] = made, LayerReport(rank=made.rank, chance=chance, **figure)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ....weights.errors import StyleLoomError
@@ -15,7 +16,9 @@ from ....weights.merge.one_layer import on_own_inputs
 from ....weights.merge.other_parts import folded_line, pass_other
 from ....weights.merge.priors import layer_prior
 from ....weights.merge.two_loras import assemble, prepare, solve_prepared
+from ....weights.parallel import map_single_threaded
 from . import heat_map, model_modes
+from .settings import MergeSettings
 from ..key_maps import model_targets
 
 FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
@@ -24,9 +27,11 @@ FAST, CALIBRATED, TRAIN = MODES = ("fast", "calibrated", "train")
 class ZipRank:
     """One merge. `prepare`, then `run`; `merged` holds the layers afterwards."""
 
-    def __init__(self, content, style, model, clip, mode: str, settings: dict):
-        self.tensors, self.model, self.clip, self.mode, self.settings = (content, style), model, clip, mode, settings
-        self.strengths = (settings["content_strength"], settings["style_strength"])
+    def __init__(self, content, style, model, clip, mode: str, settings: MergeSettings | Mapping):
+        """`settings`: the other inputs of the node; what is left out has its default."""
+        self.tensors, self.model, self.clip, self.mode = (content, style), model, clip, mode
+        self.settings = MergeSettings.of(settings)
+        self.strengths = self.settings.strengths
         self.losses: list[float] = []
         self.notes: list[str] = []
         if mode != FAST:
@@ -36,7 +41,7 @@ class ZipRank:
         align(self.loras, self.known.weight_shape)
         check_sizes(self.loras, self.known.weight_shape)
         self.family = self.known.family or self.loras[0].family
-        self.prior, note = layer_prior(settings["prior"], self.family, settings.get("custom_prior", ""))
+        self.prior, note = layer_prior(self.settings.prior, self.family, self.settings.custom_prior)
         if note:
             self.notes.append(note)
         for index, lora in enumerate(self.loras):
@@ -66,9 +71,9 @@ class ZipRank:
             *self.loras,
             self.strengths,
             self.prior,
-            self.settings["separation"],
-            self.settings.get("keep_strength", True),
-            self.settings["max_rank"],
+            self.settings.separation,
+            self.settings.keep_strength,
+            self.settings.max_rank,
             written_dtype(self.loras),
             count,
         )
@@ -77,27 +82,29 @@ class ZipRank:
         """(LORA_MODEL, report, IMAGE)."""
         if self.mode != FAST:
             masks = self._masks()
-            self.merged = assemble(self.prepared, masks, self.settings["max_rank"])
-            if self.mode == CALIBRATED and self.settings["solver"] == "router" and masks is not None:
+            self.merged = assemble(self.prepared, masks, self.settings.max_rank)
+            if self.mode == CALIBRATED and self.settings.solver == "router" and masks is not None:
                 self._route()
         merged = self.merged
         other = pass_other(self.loras, list(self.strengths), self.notes, lambda i, target: self.prior(target)[i] == 0)
-        sources = [report.describe(*item) for item in zip(self.loras, self.tensors, self.strengths)]
+        described = zip(self.loras, self.tensors, self.strengths)
+        with map_single_threaded(lambda item: report.describe(*item), described) as found:  # hashes of whole files
+            sources = list(found)
         recipe = {
             "node": "ZipRank Merge",
             "mode": self.mode,
-            "separation": self.settings["separation"],
-            "prior": self.settings["prior"],
-            "keep_strength": self.settings.get("keep_strength", True),
-            "max_rank": self.settings["max_rank"],
+            "separation": self.settings.separation,
+            "prior": self.settings.prior,
+            "keep_strength": self.settings.keep_strength,
+            "max_rank": self.settings.max_rank,
             "loras": sources,
             "effective_ranks": report.effective_ranks(merged),
         }
-        if self.settings["prior"] == "custom":
-            recipe["custom_prior"] = self.settings["custom_prior"]
+        if self.settings.prior == "custom":
+            recipe["custom_prior"] = self.settings.custom_prior
         recipe |= self._more()
         meta = report.metadata(recipe, self.family, merged)
-        head = f"ZipRank Merge, {self.mode}: separation {self.settings['separation']:g}, prior {self.settings['prior']}"
+        head = f"ZipRank Merge, {self.mode}: separation {self.settings.separation:g}, prior {self.settings.prior}"
         lines = [head, *report.ingredient_lines(self.loras, sources), *report.result_lines(self.loras, merged)]
         self.notes += folded_line(merged.adapters, other)
         lora = write_lora(merged.adapters, other, self.loras, self.family, self.known.key_map, meta)
@@ -107,7 +114,7 @@ class ZipRank:
         return lora, "\n".join(lines), heat_map.draw(titles, kept, head, self.losses)
 
     def _masks(self):
-        keep, separation = self.settings.get("keep_strength", True), self.settings["separation"]
+        keep, separation = self.settings.keep_strength, self.settings.separation
         if self.prepared.moments is None:
             return None
         if self.mode == CALIBRATED:
@@ -123,7 +130,7 @@ class ZipRank:
             )
         if trained.stopped is not None:
             self.notes.append(
-                f"Stopped at step {trained.stopped} of {self.settings['steps']}: the best masks so far are kept."
+                f"Stopped at step {trained.stopped} of {self.settings.steps}: the best masks so far are kept."
             )
         return masks
 
@@ -131,8 +138,8 @@ class ZipRank:
         """Replace the masked layers by routed ones (calibrated, solver router)."""
         for index, target in enumerate(self.prepared.targets):
             gauge, weights = self.prepared.gauges[index], self.prior(target)
-            made = routed(gauge, self.measured[index], *weights, self.settings["separation"])
-            made, energy = cut(made, self.settings["max_rank"])
+            made = routed(gauge, self.measured[index], *weights, self.settings.separation)
+            made, energy = cut(made, self.settings.max_rank)
             self.merged.adapters[target] = replace(made, kernel=self.prepared.kernels[index])
             kept, loss = on_own_inputs(made, gauge)
             self.merged.reports[target] = replace(
@@ -150,4 +157,4 @@ class ZipRank:
             return {}
         names = ["content_prompt", "style_prompt", "seed", "size", "calibration_steps"]
         names += ["solver"] if self.mode == CALIBRATED else ["steps", "learning_rate", "cycle_weight", "prior_weight"]
-        return {name: self.settings[name] for name in names}
+        return {name: getattr(self.settings, name) for name in names}

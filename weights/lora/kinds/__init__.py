@@ -16,6 +16,7 @@ writes a LoRA asks it; a new kind is a new file and a row here.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     the parts are huge; 8-bit floats have no sum of their own."""
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum(dtype=wide).item()) or bool(tensor.isfinite().all())
 
 
 def check_finite_parts(parts: Parts, stem: str) -> None:

@@ -112,7 +112,7 @@ class Kind(ABC):
 
     def claims(self, parts: Parts) -> bool:
         """Whether these are parts of this kind; an alpha alone is of none."""
-        return any(name in parts for name in self.endings if name != "alpha")
+        return any(name in self.endings for name in parts if name != "alpha")
 
     def own(self, parts: Parts) -> dict[str, Any]:
         """Those of the parts that are of this kind."""
