@@ -217,3 +217,12 @@ def test_towers_that_were_not(image, text, projected, words):
 def test_an_unknown_pair_is_said_to_be_unknown():
     assert "only their sizes agree" in check_pair((64, 48, 257), (48, 32), 48)
     assert image_tower(*sizes(VIT_L)) is VIT_L and image_tower(1664, 1280, 256) is None
+
+
+def test_the_known_text_towers_by_their_sizes():
+    """Widths and layers as in the publishers' configurations: OpenAI CLIP-L, OpenCLIP ViT-H and ViT-bigG."""
+    from styleloom.weights.clip_space.towers import text_tower
+
+    for sizes in ((768, 12), (1024, 24), (1024, 23), (1280, 32)):
+        assert text_tower(*sizes) is not None, sizes
+    assert text_tower(768, 13) is None and text_tower(768, 24) is None

@@ -12,6 +12,7 @@ from styleloom.weights.lora.block_filter import filter_blocks
 from styleloom.weights.lora.files import check_lora, save_lora
 from styleloom.weights.lora.lora_model import split_pairs
 from styleloom.weights.lora.low_rank import LowRank
+from styleloom.weights.lora.names import find_target
 from styleloom.weights.lora.reading import read_lora
 from styleloom.weights.lora.writing import write_lora
 
@@ -234,3 +235,16 @@ def test_a_scale_that_is_not_multiplied_in_is_written():
     (target, pair), = found.adapters.items()
     made = write_lora({target: LowRank(pair.down, pair.up, scale=0.5)}, {}, [found], "sdxl", None, {})
     assert torch.allclose(made[f"{LAYER}.lora_up.weight"], pair.up / 2)
+
+
+def test_nothing_is_not_saved(tmp_path):
+    with pytest.raises(StyleLoomError, match="the LoRA to save is empty"):
+        save_lora(tmp_path / "a.safetensors", {}, {}, "bf16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_encoders_own_names():
+    """Files of a text encoder alone begin with `text_model.`; the key map has them below `text_encoder.`."""
+    stem = "text_model.encoder.layers.0.self_attn.q_proj"
+    assert find_target(stem, {f"text_encoder.{stem}": "here"}) == "here"
+    assert find_target(stem[5:], {f"text_encoder.{stem[5:]}": "here"}) is None

@@ -344,3 +344,18 @@ def test_masks_as_one_vector_and_back():
     for i in range(2):
         due = float((masks.content[i] * m.alpha[i].sqrt()).sum() / m.alpha[i].sqrt().sum())
         assert abs(float(shares[i, 0]) - due) < 1e-5
+
+
+def test_what_is_prepared_for_the_model():
+    """Layers of both LoRAs in the gauge; one that only one has as it is, with its strength, and whose it is."""
+    content, style = lora("down_blocks_1", "mid_block_1", seed=1), lora("down_blocks_1", "up_blocks_1", seed=2)
+    prepared = prepare(*read(content, style), (0.5, 2.0))
+    (shared,) = prepared.targets
+    assert "down_blocks_1" in str(shared)
+    assert {str(target).split(":")[-1]: index for target, (index, _) in prepared.one_sided.items()} == {
+        "mid_block_1": 0, "up_blocks_1": 1
+    }  # fmt: skip
+    for target, (index, change) in prepared.one_sided.items():
+        stem, tensors = str(target).split(":")[-1], (content, style)[index]
+        due = dense(tensors, next(key.split(".")[0] for key in tensors if stem in key)) * (0.5, 2.0)[index]
+        torch.testing.assert_close(product(change).to(due.dtype), due)

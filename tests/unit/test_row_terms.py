@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from styleloom.weights.lora.low_rank import LowRank
+from styleloom.weights.row_adapters.forward import LayersWithTerms, ModelCall
 from styleloom.weights.row_adapters.layers import layer_of
 from styleloom.weights.row_adapters.low_rank import LowRankTerm, Observer
 from styleloom.weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows, spans
@@ -266,3 +267,59 @@ def test_a_layer_says_what_it_is():
     grouped = layer_of(torch.nn.Conv2d(4, 6, 3, groups=2, bias=False))
     assert (grouped.shape, grouped.groups, grouped.bias) == ((6, 2, 3, 3), 2, False)
     assert dataclasses.replace(layer_of(linear()), shape=(4, 12)).shape == (4, 12)
+
+
+# --- the forward of a layer with terms
+
+
+def call_of(order, batch, strengths, tiled=False):
+    call = ModelCall()
+    call.set_rows(order, batch, tiled, strengths, tuple(strengths))
+    call.active = True
+    return call
+
+
+def test_each_call_has_its_own_rows():
+    """What a call worked out for a number of rows says nothing of the next one."""
+    strengths = {POSITIVE: (1.0,), NEGATIVE: (1.0,)}
+    call = call_of((POSITIVE, NEGATIVE), 4, strengths)
+    assert call.runs(4) == ((POSITIVE, 0, 2), (NEGATIVE, 2, 2))
+    call.set_rows((NEGATIVE, POSITIVE), 4, False, strengths, (POSITIVE,))
+    assert call.runs(4) == ((POSITIVE, 2, 2),)
+
+
+def test_twice_the_batch_is_refused_unless_the_model_is_known_to_tile():
+    order = (POSITIVE, NEGATIVE)
+    with pytest.raises(UnknownRows):
+        spans(order, 2, 4)
+    assert spans(order, 2, 4, tiled=True) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_layer_with_terms_on_both_sides(watched):
+    """Positive rows: a LoRA, then a GLoRA, which changes the input of both; negative rows: another LoRA. Against
+    merged weights, in the order of merging."""
+    module = torch.nn.Linear(6, 5, dtype=D).requires_grad_(False)
+    layer, weight, x = layer_of(module), module.weight.clone(), normal(4, 3, 6)
+    pairs = [LowRank(normal(2, 6, seed=i), normal(5, 2, seed=i)) for i in (1, 2)]
+    a_down, a_up, b_down, b_up = normal(2, 6, seed=3), normal(6, 2, seed=4), normal(2, 6, seed=5), normal(5, 2, seed=6)
+    terms = {
+        POSITIVE: [LowRankTerm(layer, [(pairs[0], 0)]), InputAndOutput(layer, 1, a_down, a_up, b_down, b_up, 0.5)],
+        NEGATIVE: [LowRankTerm(layer, [(pairs[1], 0)])],
+    }
+    call = call_of((POSITIVE, NEGATIVE), 4, {POSITIVE: (0.7, 1.3), NEGATIVE: (-0.4,)})
+    if watched:
+        call.called, call.observers = set(), {POSITIVE: Observer(), NEGATIVE: Observer()}
+    layers = LayersWithTerms(lambda name: module, {"layer": terms}, call)
+    for _ in range(2):  # as often as wanted
+        layers.put_in()
+        made = module(x)
+        layers.take_out()
+        assert "forward" not in module.__dict__
+    with_lora = weight + 0.7 * pairs[0].up @ pairs[0].down
+    positive = with_lora + 1.3 * 0.5 * (with_lora @ a_up @ a_down + b_up @ b_down)
+    negative = weight - 0.4 * pairs[1].up @ pairs[1].down
+    due = torch.cat([x[:2] @ positive.T, x[2:] @ negative.T]) + module.bias
+    torch.testing.assert_close(made, due)
+    torch.testing.assert_close(module(x), x @ weight.T + module.bias)
+    assert call.called == ({"layer"} if watched else None)

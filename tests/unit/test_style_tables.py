@@ -172,3 +172,10 @@ def test_a_transformer_is_known_by_every_name(architecture):
         assert architecture.weights[f"{own}.norm"].diffusers == f"{diffusers}.norm"
     for other in ("input_blocks.8.0.in_layers.2", "down_blocks.2.resnets.1.conv1", "text_model.encoder.layers.0.mlp"):
         assert transformer_of(other) is None
+
+
+def test_sdxl_blocks_are_the_same_for_both_packs():
+    """IPAdapter Plus chooses the same blocks as InstantStyle on SDXL, and others on SD1.5."""
+    assert SDXL.other_style == SDXL.style == {("output", 1): 1.0}
+    assert SDXL.other_layout == SDXL.layout == {("input", 8): 1.0}
+    assert SD15.other_style != SD15.style

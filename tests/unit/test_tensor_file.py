@@ -240,3 +240,27 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     write_tensor_file(target, {"a": torch.ones(3, 2).T}, {"k": "v"})
     assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
     assert torch.equal(load_file(str(target))["a"], torch.ones(2, 3))
+
+
+def test_a_cheap_look_into_a_header(tmp_path):
+    from safetensors.torch import save_file
+
+    from styleloom.weights.tensor_header import header_mentions
+
+    save_file({"head.probe": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "short").write_bytes(b"abc")
+    (tmp_path / "long").write_bytes(b"\xff" * 9)
+    assert header_mentions(tmp_path / "a.safetensors", '"head.probe"')
+    assert not header_mentions(tmp_path / "a.safetensors", "layer.0")
+    assert not header_mentions(tmp_path / "short", "a") and not header_mentions(tmp_path / "long", "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+                                   torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_dtype_that_safetensors_writes_is_read(dtype, tmp_path):
+    from safetensors.torch import save_file
+
+    from styleloom.weights.tensor_header import read_header
+
+    save_file({"a": torch.zeros(3, 5).to(dtype), "b": torch.zeros(2).to(dtype)}, tmp_path / "a.safetensors")
+    assert read_header(tmp_path / "a.safetensors").shapes == {"a": (3, 5), "b": (2,)}
