@@ -59,11 +59,18 @@ def test_the_model_stays_as_it_is(mode, merge, sd15):
     assert not sd15[0].model.training
 
 
+def change(lora, up):
+    """(out, in·kernel) float64 of a layer, by the key of its `lora_up`; alpha is the rank."""
+    return lora[up].flatten(1).double() @ lora[up.replace("lora_up", "lora_down")].flatten(1).double()
+
+
 @pytest.mark.parametrize("mode", ["calibrated", "train"])
 def test_separation_zero_and_repetition(mode, merge):
     if mode == "calibrated":  # the sum, whatever was measured
         plain, fast = merge(mode, separation=0.0)[0], merge("fast", separation=0.0)[0]
-        assert all(torch.allclose(plain[key].float(), fast[key].float(), atol=1e-3) for key in fast)
+        for key in (key for key in fast if key.endswith(".lora_up.weight")):  # the change; its factors may be turned
+            made, due = (change(lora, key) for lora in (plain, fast))
+            assert float((made - due).norm()) < 2e-3 * float(due.norm()), key
     one, two = merge(mode, steps=2, seed=5), merge(mode, steps=2, seed=5)
     assert one[1] == two[1] and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
     recipe = json.loads(one[0].metadata["styleloom.recipe"])
