@@ -82,6 +82,6 @@ def test_keys_of_a_text_encoder_are_told(bench, distance, caplog):
     text = {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.lora_up.weight": torch.ones(2, 2) for i in range(5)}
     with caplog.at_level(logging.WARNING):
         made = bench.asymmetric(sampling=ONE, negative_lora=lora | text)
-    assert "5 keys for a text encoder" in bench.report and "clip of the negative prompt" in bench.report
-    assert sum("5 keys for a text encoder" in record.getMessage() for record in caplog.records) == 1
+    assert "5 keys are for a text encoder" in bench.report and "clip of the negative prompt" in bench.report
+    assert sum("5 keys are for a text encoder" in record.getMessage() for record in caplog.records) == 1
     assert torch.equal(made, bench.asymmetric(sampling=ONE, negative_lora=lora))
