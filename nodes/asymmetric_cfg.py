@@ -17,6 +17,7 @@ from ..weights.row_adapters.rows import NEGATIVE, POSITIVE
 from ..weights.errors import StyleLoomError
 from .host.guidance.guider import AsymmetricCFGGuider
 from .host.guidance.plan import make_plan
+from .host.guidance.regions import checked_masks
 from .host.guidance.schedule import BranchLoRA
 from .types import CATEGORY_GUIDANCE, CATEGORY_LORA, LoRA, LoRAStack
 
@@ -26,12 +27,15 @@ Entries = tuple[BranchLoRA, ...]
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
-def entries_of(lora, strength: float, start_percent: float, end_percent: float, name: str) -> Entries:
-    """A LORA_MODEL or a stack, as the LoRAs of one branch: strengths multiply, windows intersect.
+def entries_of(
+    lora, strength: float, start_percent: float, end_percent: float, name: str, mask=None, mask_name: str = "mask"
+) -> Entries:
+    """A LORA_MODEL or a stack, as the LoRAs of one branch: strengths and masks multiply, windows intersect.
 
     Raises:
-        StyleLoomError: the window is empty, or the input is neither.
+        StyleLoomError: the window is empty, the input is neither, the mask is none.
     """
+    masks = checked_masks(mask, mask_name)
     if lora is None:
         return ()
     if start_percent >= end_percent:
@@ -54,6 +58,7 @@ def entries_of(lora, strength: float, start_percent: float, end_percent: float, 
             strength=entry.strength * strength,
             start_percent=max(entry.start_percent, start_percent),
             end_percent=min(entry.end_percent, end_percent),
+            masks=(*entry.masks, *masks),
         )
         for entry in lora
     )
@@ -166,6 +171,20 @@ def _guidance_inputs() -> tuple[list, list, list]:
     return sockets, cfg, loras
 
 
+def _masks() -> list:
+    """Appended last: sockets of saved workflows keep their places."""
+    return [
+        io.Mask.Input(
+            f"{side}_mask",
+            optional=True,
+            advanced=True,
+            tooltip=f"The {side} LoRAs act where this mask is white, in the same pass; it multiplies with the masks of "
+            "LoRA Stack. Needs a model whose layers' places are known.",
+        )
+        for side in ("positive", "negative")
+    ]
+
+
 def _both_entries(
     positive_lora=None,
     negative_lora=None,
@@ -175,10 +194,18 @@ def _both_entries(
     positive_end_percent=1.0,
     negative_start_percent=0.0,
     negative_end_percent=1.0,
+    positive_mask=None,
+    negative_mask=None,
 ) -> tuple[Entries, Entries]:
     return (
-        entries_of(positive_lora, positive_strength, positive_start_percent, positive_end_percent, "positive_lora"),
-        entries_of(negative_lora, negative_strength, negative_start_percent, negative_end_percent, "negative_lora"),
+        entries_of(
+            positive_lora, positive_strength, positive_start_percent, positive_end_percent, "positive_lora",
+            positive_mask, "positive_mask",
+        ),
+        entries_of(
+            negative_lora, negative_strength, negative_start_percent, negative_end_percent, "negative_lora",
+            negative_mask, "negative_mask",
+        ),
     )
 
 
@@ -216,6 +243,22 @@ class LoRAStackNode(io.ComfyNode):
                     advanced=True,
                     tooltip="Strength from step to step, from ComfyUI's Create Hook Keyframe nodes; it multiplies.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The LoRA acts where this mask is white, with soft edges and in the same pass as all others. "
+                    "One for all pictures, or one for each picture or frame. Left out: everywhere.",
+                ),
+                io.Combo.Input(
+                    "text_tokens",
+                    options=["none", "whole"],
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a mask: what the layers get that have no place in the picture (text, reference "
+                    "pictures, time). none: nothing of this LoRA, so it stays in its region. whole: all of it, which is "
+                    "stronger and shows a little outside.",
+                ),
             ],
             outputs=[
                 LoRAStack.Output(
@@ -227,9 +270,16 @@ class LoRAStackNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora, strength, stack=(), start_percent=0.0, end_percent=1.0, keyframes=None) -> io.NodeOutput:
-        made = entries_of(lora, strength, start_percent, end_percent, "lora")
-        return io.NodeOutput((*stack, *(dataclasses.replace(entry, keyframes=keyframes) for entry in made)))
+    def execute(
+        cls, lora, strength, stack=(), start_percent=0.0, end_percent=1.0, keyframes=None, mask=None, text_tokens="none"
+    ) -> io.NodeOutput:
+        made = entries_of(lora, strength, start_percent, end_percent, "lora", mask)
+        return io.NodeOutput(
+            (
+                *stack,
+                *(dataclasses.replace(entry, keyframes=keyframes, text_tokens=text_tokens) for entry in made),
+            )
+        )
 
 
 class AsymmetricCFGGuiderNode(io.ComfyNode):
@@ -243,7 +293,7 @@ class AsymmetricCFGGuiderNode(io.ComfyNode):
             description="Guidance with one LoRA on the positive side and another, or none, on the negative side, both "
             "computed in one pass. For SamplerCustomAdvanced.",
             search_aliases=["cfg guider", "lora guidance", "i2l", "negative lora"],
-            inputs=[*sockets, cfg, *loras],
+            inputs=[*sockets, cfg, *loras, *_masks()],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."), _REPORT],
         )
 
@@ -331,6 +381,7 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
                     advanced=True,
                     tooltip="enable: when stopping early, keep the noise that is left, for a sampler after this one.",
                 ),
+                *_masks(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent."), _REPORT],
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .low_rank import LowRankTerm, Observer
+from .regions import Places
 from .rows import spans
 from .terms import Term
 
@@ -23,6 +24,7 @@ class ModelCall:
         acting: The branches with a term that does something in this call.
         called: Where layers note their names, or None.
         observers: Branch → who notes which layers share an input, or None.
+        places: How strong the sources with a region are at each place, or None where there are none.
     """
 
     def __init__(self):
@@ -34,6 +36,7 @@ class ModelCall:
         self.acting: tuple[int, ...] = ()
         self.called: set[str] | None = None
         self.observers: dict[int, Observer] | None = None
+        self.places: Places | None = None
         self._runs: dict[int, tuple] = {}
 
     def set_rows(
@@ -43,6 +46,12 @@ class ModelCall:
         self.order, self.batch, self.tiled = order, batch, tiled
         self.strengths, self.acting = strengths, acting
         self._runs.clear()
+
+    def strengths_on(self, name: str, branch: int, first: int, rows: int, out: torch.Tensor) -> tuple:
+        """A branch's strengths on a run of rows of a layer; `out` is the layer's output, or a linear layer's input."""
+        if self.places is None:
+            return self.strengths[branch]
+        return self.places.strengths(name, branch, first, rows, out, self.strengths[branch])
 
     def runs(self, rows: int) -> tuple:
         """Runs of rows of the acting branches, worked out once for each number of rows."""
@@ -75,7 +84,8 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
-                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
+                    strengths = call.strengths_on(name, branch, start, length, y)
+                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), strengths)
             return y
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
@@ -95,10 +105,12 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         inputs, changed = {}, None
         for branch, start, length in runs:
             rows = x.narrow(0, start, length)
-            before = []
+            before, strengths = [], call.strengths[branch]
+            if any(term.enters_at_places for term in terms[branch]):
+                strengths = call.strengths_on(name, branch, start, length, x)
             for term in reversed(terms[branch]):
                 before.append(rows)
-                rows = term.enter(rows, call.strengths[branch])
+                rows = term.enter(rows, strengths)
             inputs[start] = before[::-1]
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
@@ -107,7 +119,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
-            out, strengths = y.narrow(0, start, length), call.strengths[branch]
+            out, strengths = y.narrow(0, start, length), call.strengths_on(name, branch, start, length, y)
             for term, rows in zip(terms[branch], inputs[start], strict=True):
                 if isinstance(term, LowRankTerm):
                     if watched and call.observers is not None:

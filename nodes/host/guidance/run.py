@@ -15,6 +15,7 @@ from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_sides import BatchSides
 from ..lora_patches import find_module, some
 from .plan import Plan
+from .regions import RegionalRun
 
 KEY = "styleloom_branches"
 
@@ -44,6 +45,7 @@ class BranchRun:
         self._shared: list[SharedInput] = []
         self._apart = False
         self._observed = False
+        self._regions = RegionalRun(plan.regions) if plan.regions.any else None
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):
@@ -70,6 +72,8 @@ class BranchRun:
                     shared.undo()
                 self._shared.clear()
                 self._calls.clear()
+                if self._regions is not None:
+                    self._regions.forget()
 
     @contextlib.contextmanager
     def _injected(self, patcher):
@@ -89,6 +93,8 @@ class BranchRun:
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
+        if self._regions is not None:
+            model_options = self._regions.told(conds, x_in, model_options)
         if not self._apart:
             try:
                 return executor(model, conds, x_in, timestep, model_options)
@@ -121,6 +127,9 @@ class BranchRun:
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
+        if self._regions is not None:
+            inputs = {**kwargs, "context": c_crossattn}
+            call.places = self._regions.places(executor.class_obj, x, options, inputs)
         if not self._observed:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.hooks
+import torch
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class BranchLoRA:
         strength: Scales the change.
         start_percent, end_percent: The part of sampling in which it acts, 0 to 1.
         keyframes: The host's HookKeyframeGroup, or None; its strength multiplies.
+        masks: Where it acts, each (pictures or frames, height, width); they multiply. None: everywhere.
+        text_tokens: With a mask, what has no place in the picture gets "none" of it or the "whole".
     """
 
     lora: dict
@@ -23,6 +26,8 @@ class BranchLoRA:
     start_percent: float = 0.0
     end_percent: float = 1.0
     keyframes: comfy.hooks.HookKeyframeGroup | None = None
+    masks: tuple[torch.Tensor, ...] = ()
+    text_tokens: str = "none"
 
     @property
     def acts(self) -> bool:

@@ -23,8 +23,9 @@ from comfy.patcher_extension import WrappersMP
 from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
+from ..areas import pictures_of
 from ..batch_sides import BatchSides
-from .mask_grid import MaskGrid, areas_of
+from .mask_grid import MaskGrid, areas_in
 
 _KEY = "styleloom_style"
 _AREAS = "styleloom_areas"
@@ -84,7 +85,7 @@ class StyleAttention:
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Tells the layers which part of the picture each conditioning sees, for the mask."""
-        options = {**model_options.get("transformer_options", {}), _AREAS: areas_of(conds, tuple(x_in.shape[2:]))}
+        options = {**model_options.get("transformer_options", {}), _AREAS: areas_in(conds, tuple(x_in.shape[2:]))}
         return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
     def apply_model(
@@ -144,7 +145,7 @@ class _Call:
         uuids = options.get("uuids") or [None] * len(chunks)
         self.sides = style.sides.of_chunks(options)
         self.each = rows // len(self.sides)
-        self.frames, total = _frames(options, self.each)
+        self.frames, total = pictures_of(options, self.each)
         self.areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
         wanted = {"style": style.pictures, "mask": style.mask.pictures if style.mask else 1}
         for name, count in wanted.items():
@@ -206,17 +207,3 @@ class _Replacement:
         for callback, kwargs in self.added:
             out = out + callback(out, q, k, v, extra_options, **kwargs)
         return out
-
-
-def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
-    """(which pictures of the whole batch the rows of a side are, how many there are in all).
-
-    The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
-    """
-    window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
-        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
-    params = options.get("ad_params") or {}
-    if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
-        return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
-    return tuple(range(each)), each

@@ -8,24 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
+from ..areas import areas_of
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
 
-def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
-    """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
-
-    Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
-    """
-    if len(shape) != 2:
-        return {}
-    found = {}
-    for cond in (cond for side in conds for cond in side or ()):
-        area = cond.get("area")
-        if area is not None and len(area) == 4:
-            height, width, top, left = area
-            found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
-    return found
+def areas_in(conds: Iterable, shape: tuple[int, ...]) -> dict:
+    """`areas.areas_of` with the latent's size behind each. Areas of video latents (three dimensions) have no place in a
+    UNet for pictures and are left out."""
+    return {name: (*area, *shape) for name, area in areas_of(conds, shape).items()} if len(shape) == 2 else {}
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:

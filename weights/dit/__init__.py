@@ -1,0 +1,1 @@
+"""Diffusion transformers: where the tokens of their layers stand."""
