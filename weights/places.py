@@ -31,7 +31,7 @@ def grid_of(shape) -> Grid:
 
 # What runs through a layer.
 PICTURE = "picture"  # the target, and what an architecture lays beside it (reference pictures, padding)
-TARGET = "target"  # the target alone
+TARGET = "target"  # the target alone, whatever is laid beside it elsewhere
 JOINT = "joint"  # text and picture in one sequence
 MAP = "map"  # a convolution whose output is the target's grid
 NOWHERE = "nowhere"  # nothing of it has a place: text, time, modulation

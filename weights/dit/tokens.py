@@ -56,13 +56,13 @@ _TWO_STREAMS: Patterns = (
     (r"(time_in|time_r_in|vector_in|guidance_in|txt_in|txt_norm|byt5_in|vision_in|distilled_guidance_layer)\b", NOWHERE),
     (r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\b", NOWHERE),
 )
-_FLUX = Architecture((*_TWO_STREAMS, (r"img_in\b", PICTURE)), behind=("ref_latents",))
+_FLUX: Patterns = (*_TWO_STREAMS, (r"img_in\b", PICTURE))
 _WAN: Patterns = (
     (r"(vace_)?blocks\.\d+\.cross_attn\.(k|v|k_img|v_img)\b", NOWHERE),
     (r"(vace_)?blocks\.\d+\.(self_attn|cross_attn|ffn|before_proj|after_proj)\b", PICTURE),
     (r"(text_embedding|time_embedding|time_projection|img_emb|ref_conv)\b", NOWHERE),
     (r"head\.head\b", PICTURE),
-    (r"patch_embedding\b", MAP),
+    (r"(vace_)?patch_embedding\b", MAP),
 )
 _COSMOS = Architecture(
     (
@@ -76,8 +76,8 @@ _COSMOS = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "Flux": _FLUX,  # FLUX.1, Kontext, FLUX.2
-    "Chroma": _FLUX,
+    "Flux": Architecture(_FLUX, behind=("ref_latents",)),  # FLUX.1, Kontext, FLUX.2
+    "Chroma": Architecture(_FLUX),
     "NextDiT": Architecture(  # Lumina 2, Z-Image
         (
             (r".*\badaLN_modulation\b", NOWHERE),
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "VaceWanModel": Architecture(_WAN, refused=("time_dim_concat",)),
     "HunyuanVideo": Architecture(
-        (*_TWO_STREAMS, (r"img_in\.proj\b", MAP)),
+        ((r"final_layer\.linear\b", TARGET), *_TWO_STREAMS, (r"img_in\.proj\b", MAP)),
         before=("ref_latent",),
         texts=(("context", None), ("txt_byt5", "byt5_in"), ("clip_fea", "vision_in")),
     ),
@@ -244,7 +244,7 @@ class DiTTokens:
         target, tokens = self._tokens_of(given.latent), math.prod(shape)
         if stream in (TARGET, MAP):
             more = [name for name, grids in given.pictures if grids]
-            if more:
+            if more and stream == MAP:
                 raise Unplaced(f"it may see {more[0]} as well as the picture")
             fits = shape in ((tokens,), tuple(target), tuple(target[1:]))
             expected = [((target.tokens, target),)] if fits else []
