@@ -33,9 +33,9 @@ def pictures_of(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
 
     The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the model a part of the pictures at a time.
     """
-    window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
-        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
+    listed, total = _window(options, 0)
+    if listed is not None and len(listed) == each:
+        return listed, total
     params = options.get("ad_params") or {}
     if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
         return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
@@ -51,17 +51,24 @@ def frames_of(options: Mapping, shown: int) -> tuple[tuple[int, ...] | None, int
     Raises:
         StyleLoomError: a context window with frames beside the ones that it names.
     """
-    window = options.get("context_window")
-    if window is None or getattr(window, "dim", None) != 2:
+    listed, total = _window(options, 2)
+    if listed is None:
         return None, shown
-    listed = list(window.index_list)
-    anchor = getattr(window, "causal_anchor_index", None)
-    if anchor is not None and anchor >= 0:
-        listed = [anchor, *listed]
     if len(listed) != shown:
         raise StyleLoomError(
             f"a context window shows the model {shown} frames and names {len(listed)} of them",
             "windows without guide frames, so that each frame of a mask has its place",
             "Leave out the guide frames or the context windows, or leave mask unconnected.",
         )
-    return tuple(listed), window.total_frames
+    return listed, total
+
+
+def _window(options: Mapping, dim: int) -> tuple[tuple[int, ...] | None, int]:
+    """(what the host's context window over an axis of the latent shows, the frame that it may lay before it first; how
+    many there are in all), or None and 0."""
+    window = options.get("context_window")
+    if window is None or getattr(window, "dim", None) != dim:
+        return None, 0
+    anchor = getattr(window, "causal_anchor_index", None)
+    listed = (*(() if anchor is None or anchor < 0 else (anchor,)), *window.index_list)
+    return listed, getattr(window, "total_frames", 0) or max(listed) + 1
