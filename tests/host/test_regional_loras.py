@@ -81,8 +81,8 @@ def shares(bench, name, x, mask, text, size):
     return made
 
 
-def changes(model, lora) -> dict[str, torch.Tensor]:
-    """Layer -> the change of its weight, in float64, by the host's own merge."""
+def changes(model, lora, strength) -> dict[str, torch.Tensor]:
+    """Layer -> the change of its weight at a strength, in float64, by the host's own merge."""
     made = model.clone()
     import comfy.lora
     import comfy.lora_convert
@@ -90,14 +90,16 @@ def changes(model, lora) -> dict[str, torch.Tensor]:
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys)
     found = {}
+    # The host's OFT mixes dtypes where it is asked for float64, and leaves the weight as it is.
+    dtype = torch.float32 if any("oft_blocks" in key for key in lora) else torch.float64
     state = model.model.state_dict()
     for target, patch in patches.items():
         key = target[0] if isinstance(target, tuple) else target
-        made.add_patches({target: patch}, 1.0)
+        made.add_patches({target: patch}, strength)
         found[key] = None
     for key in found:
         weight = state[key].double()
-        merged = comfy.lora.calculate_weight(made.patches[key], weight.clone(), key, intermediate_dtype=torch.float64)
+        merged = comfy.lora.calculate_weight(made.patches[key], weight.clone(), key, intermediate_dtype=dtype)
         found[key] = merged - weight
     return {key.removesuffix(".weight"): change for key, change in found.items() if change is not None}
 
@@ -108,7 +110,7 @@ class Truth:
     def __init__(self, bench, regions, side: int, size=None):
         self.bench, self.side = bench, side
         self.size = size or SIZES.get(bench.name, (8, 12))  # of what the model is shown of the latent
-        self.regions = [(changes(bench.model, lora), strength, mask, text) for lora, strength, mask, text in regions]
+        self.regions = [(changes(bench.model, lora, strength), mask, text) for lora, strength, mask, text in regions]
         self.model = bench.model.clone()
         self.order: list[int] = []
         self.seen = set()
@@ -121,10 +123,10 @@ class Truth:
                 if side != self.side:
                     continue
                 rows = slice(place * each, (place + 1) * each)
-                for found, strength, mask, text in self.regions:
+                for found, mask, text in self.regions:
                     if name in found:
                         self.seen.add(name)
-                        y[rows] += (self.part(name, module, found[name], x[rows], mask, text) * strength).to(y.dtype)
+                        y[rows] += self.part(name, module, found[name], x[rows], mask, text).to(y.dtype)
             return y
 
         return run
