@@ -14,6 +14,8 @@ from .lora_blocks import LoRABlockFilter
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
 from .merge_loras import MergeLoRAs
 from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
+from .style_encodings import LoadStyleEncoding, SaveStyleEncoding
+from .style_helpers import NoiseNegative, StyleWeights
 from .ziprank_merge import ZipRankMerge
 
 
@@ -35,6 +37,10 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeStyleImage,
     StyleBlockInjector,
     ContentSubtract,
+    StyleWeights,
+    NoiseNegative,
+    SaveStyleEncoding,
+    LoadStyleEncoding,
     LoRABlockFilter,
     ZipRankMerge,
     MergeLoRAs,

@@ -2,7 +2,7 @@
 
 Notes are further attributes, which consumers that do not know them leave alone:
 `styleloom_empty`, penultimate hidden states of an empty picture by the same encoder; `styleloom_subtracted`, in words,
-that `image_embeds` was changed while the patch features were not.
+that `image_embeds` was changed while the patch features were not; `styleloom_only`, the one field that a file held.
 """
 
 from __future__ import annotations
@@ -90,6 +90,13 @@ def sizes(output, name: str) -> tuple[int, int, int]:
     Raises:
         StyleLoomError: no output of a CLIP encoder (SigLIP and DINO have no projected vector).
     """
+    only = getattr(output, "styleloom_only", None)
+    if only:
+        raise StyleLoomError(
+            f"{name} was loaded from a file that holds {only} only",
+            "the whole output of an image encoder",
+            "Encode the picture with Encode Style Image.",
+        )
     hidden = getattr(output, "penultimate_hidden_states", None)
     embeds = getattr(output, "image_embeds", None)
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or embeds is None or embeds.ndim != 2:
@@ -108,6 +115,9 @@ def features(adapter: Adapter, outputs: list, name: str) -> torch.Tensor:
         StyleLoomError: encoded by another encoder than the adapter's; content subtracted where it cannot be seen.
     """
     for output in outputs:
+        only = getattr(output, "styleloom_only", None)
+        if only is not None and only == adapter.feature and getattr(output, only).shape[-1] == adapter.width:
+            continue
         found = sizes(output, name)
         tower = image_tower(*found)
         width = found[1] if adapter.feature == "image_embeds" else found[0]
