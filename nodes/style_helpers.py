@@ -8,6 +8,7 @@ from ..weights.ip_adapter.combine import parse_numbers
 from ..weights.ip_adapter.noise_pictures import KINDS, noise_picture
 from ..weights.ip_adapter.weight_curves import TIMINGS, as_text, weight_curve
 from .host.style.curve import draw_curve
+from .host.style.squares import CROP, POSITIONS, squares
 from .types import CATEGORY_STYLE
 
 _MOST_FRAMES = 9999
@@ -48,7 +49,13 @@ class StyleWeights(io.ComfyNode):
                 frames("add_starting_frames", 0, "Further frames with the first weight, before all others.", **later),
                 frames("add_ending_frames", 0, "Further frames with the last weight, after all others.", **later),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, tooltip="Only for the timing random.", **later
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Only for the timing random.",
+                    **later,
                 ),
             ],
             outputs=[
@@ -104,15 +111,32 @@ class NoiseNegative(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much noise; 0 is almost none."
                 ),
                 io.Int.Input("blur", default=0, min=0, max=32, tooltip="Side of a blur laid over it, in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="The same seed gives the same noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="The same seed gives the same noise.",
+                ),
                 io.Image.Input(
                     "image", optional=True, tooltip="What the noise is made of, as a rule the style picture. "
                     "Without it: a black picture.",
+                ),
+                io.Combo.Input(
+                    "position",
+                    options=list(POSITIONS),
+                    default=POSITIONS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which square of the picture is taken.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="224 by 224 pixels, for Encode Style Image.")],
         )
 
     @classmethod
-    def execute(cls, kind, strength, blur, seed, image=None) -> io.NodeOutput:
+    def execute(cls, kind, strength, blur, seed, image=None, position=POSITIONS[0]) -> io.NodeOutput:
+        if image is not None:
+            image = squares(image, CROP, [], position)
         return io.NodeOutput(noise_picture(image, kind, strength, blur, seed))
