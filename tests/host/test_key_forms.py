@@ -25,8 +25,8 @@ _VIDEO = {"patch_size": [1, 2, 2], "vec_in_dim": 16, "context_in_dim": 32, "hidd
 _ROPE = {"axes_dims_rope": (4, 6, 6), "axes_dim_rope": (4, 6, 6)}
 # model_base class -> (supported_models class, the net): one for each branch of the host's key map.
 NETS = {
-    "Flux": ("Flux", {"image_model": "flux", "in_channels": 16, "out_channels": 16, "depth": 19, "theta": 10000,
-                      "depth_single_blocks": 38, "txt_ids_dims": [], **_VIDEO, "patch_size": 2}),
+    "Flux": ("Flux", {"image_model": "flux", "in_channels": 16, "out_channels": 16, "depth": 2, "theta": 10000,
+                      "depth_single_blocks": 2, "txt_ids_dims": [], **_VIDEO, "patch_size": 2}),
     "HunyuanVideo": ("HunyuanVideo", {
         "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "depth": 1, "depth_single_blocks": 1,
         "theta": 256, "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
@@ -73,13 +73,13 @@ KIT = ("z-image", "qwen-image", "sdxl", "sd1.5", "flux2")
 def named(host, kit, benches):
     """name -> what stands for a MODEL of it where only its names and sizes are asked for; weights on no device."""
 
-    def get(name):
+    def get(name, **more):
         if name in KIT:
             return benches(name).model
         import comfy.supported_models
 
         config, net = NETS[name]
-        config = getattr(comfy.supported_models, config)(dict(net))
+        config = getattr(comfy.supported_models, config)(dict(net) | more)
         config.set_inference_dtype(torch.float32, None)
         made = getattr(host.comfy.model_base, name)(config, device=torch.device("meta"))
         return SimpleNamespace(model=made)
@@ -142,7 +142,7 @@ def test_every_name_with_every_ending(name, named, host, pack):
         assert notes == [] and ours.keys() == targets.keys()
         assert {find_target.find_target(key_part.key_part(key)[0], names) for key in lora} == targets.keys()
         count += len(targets)
-    assert count > 50
+    assert count > 30
 
 
 @pytest.mark.parametrize("name", KIT)
@@ -194,7 +194,7 @@ def test_wan_fun_and_uso(named, host, pack):
         shape = tuple(weights[f"diffusion_model.blocks.0.{dotted}.weight"].shape)
         lora |= pair(f"lora_unet__blocks_0_{leaf}", shape, ENDINGS[0])
     assert len(patches_of(wan, None, lora)) == 3
-    flux = named("Flux")
+    flux = named("Flux", depth=19, depth_single_blocks=38)
     weights = flux.model.state_dict()
     half = (".down.weight", ".up.weight")
     lora = {}
@@ -227,7 +227,7 @@ ALPHA = {"diffusion_model.middle_block.1.proj_in.alpha": torch.tensor(1.0), "now
 def test_missing_keys_are_an_error_by_default_and_left_out_by_choice(bench, run_node, caplog):
     lora = good(bench)
     count = len(lora) + 2
-    words = (f"2 of the LoRA's {count} keys find no place in this BaseModel model: diffusion_model.output_blocks.99.*"
+    words = (f"(?s)2 of the LoRA's {count} keys find no place in this BaseModel model: diffusion_model.output_blocks.99.*"
              "; by its keys it is for SD1.5 or SD2.*set missing_keys to warn")  # fmt: skip
     refused(run_node, words, "StyleLoomApplyLoRA", model=bench.model, lora=lora | STRAY)
     patched, _, report = run_node(
