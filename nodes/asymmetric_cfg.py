@@ -60,7 +60,7 @@ def entries_of(lora, strength: float, start_percent: float, end_percent: float, 
 
 
 def make_guider(model, positive, negative, cfg, positive_entries: Entries, negative_entries: Entries):
-    """(GUIDER, report). `negative` may be None with cfg 1 only."""
+    """GUIDER, with its `report`. `negative` may be None with cfg 1 only."""
     if negative is None and (cfg != 1 or negative_entries):
         raise StyleLoomError(
             f"negative is not connected, and cfg is {cfg:g}" + (" with a negative LoRA" if negative_entries else ""),
@@ -71,9 +71,8 @@ def make_guider(model, positive, negative, cfg, positive_entries: Entries, negat
     guider = AsymmetricCFGGuider(model, plan)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    report = "\n".join(plan.report)
-    logging.info("StyleLoom: Asymmetric CFG:\n%s", report)
-    return guider, report
+    logging.info("StyleLoom: Asymmetric CFG:\n%s", guider.report)
+    return guider
 
 
 def sample(guider, noise, latent, steps, sampler_name, scheduler, denoise, start, end, leftover, seed):
@@ -182,6 +181,8 @@ def _both_entries(
     )
 
 
+_LATER = "whether both sides run in one batch shows when sampling begins: where they do not, the log says why"
+
 _REPORT = io.String.Output(
     display_name="report", tooltip="What was made of the LoRAs: how many patches, of which kinds, in which way."
 )
@@ -249,7 +250,8 @@ class AsymmetricCFGGuiderNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, cfg, negative=None, **loras) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *_both_entries(**loras))
+        guider = make_guider(model, positive, negative, cfg, *_both_entries(**loras))
+        report = f"{guider.report}\n{_LATER}"
         return io.NodeOutput(guider, report, ui=ui.PreviewText(report))
 
 
@@ -354,7 +356,7 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
         return_with_leftover_noise="disable",
         **loras,
     ) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *_both_entries(**loras))
+        guider = make_guider(model, positive, negative, cfg, *_both_entries(**loras))
 
         def noise(samples: torch.Tensor) -> torch.Tensor:
             if add_noise == "disable":
@@ -375,4 +377,4 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
             seed,
         )
         made = {name: value for name, value in latent_image.items() if name not in _RATIOS}
-        return io.NodeOutput(made | {"samples": samples}, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(made | {"samples": samples}, guider.report, ui=ui.PreviewText(guider.report))

@@ -19,6 +19,7 @@ from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
+from ..fused_layers import may_be_fused
 from ..lora_patches import find_module, is_text_key, lora_patches, not_merged, some
 from ..row_terms import computed_in, parts_of
 
@@ -34,7 +35,9 @@ class Plan:
         hooks: Branch → the host's HookGroup for what only a changed weight can do, or None.
         schedules: Branch → one schedule for each of its LoRAs; a term's `source` counts them.
         strengths: Branch → their strengths.
-        norms: Layer's name → (branch, source, target, patch) of the norms among the terms; see `hook_norms`.
+        patches: Layer's name → (branch, source, target, patch), for layers that the host may compute without calling
+            them; see `hook_layers`.
+        norms: Those among them that are norms.
         report: What was made of what, in lines.
     """
 
@@ -43,16 +46,32 @@ class Plan:
     schedules: dict[int, list[Schedule]]
     strengths: dict[int, list[float]]
     report: list[str]
-    norms: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    patches: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    norms: set[str] = dataclasses.field(default_factory=set)
 
-    def hook_norms(self, names: Iterable[str]) -> None:
-        """Hand norms over to the host's weight hooks: those that attention computes itself, fused with the rotary
-        embedding, without calling the layer."""
+    def tell(self, line: str, level: int = logging.WARNING) -> None:
+        """A line for the report, once, and for the log: sampling has shown it, when a guider's report is already out."""
+        if line not in self.report:
+            self.report.append(line)
+            logging.log(level, "StyleLoom: Asymmetric CFG: %s", line.strip())
+
+    def hook_layers(self, names: Iterable[str]) -> None:
+        """Hand layers over to the host's weight hooks that are computed without being called: norms that attention
+        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them."""
+        names = list(names)
         for name in names:
             del self.terms[name]
-            for branch, source, target, patch in self.norms.pop(name):
+            for branch, source, target, patch in self.patches.pop(name):
                 self.hook(branch, source, {target: patch})
-        self.report.append("  norms that attention computes itself go through ComfyUI's weight hooks")
+        if self.norms.intersection(names):
+            self.tell("  norms that attention computes itself go through ComfyUI's weight hooks", logging.INFO)
+        layers = [name for name in names if name not in self.norms]
+        if layers:
+            self.tell(
+                f"  {len(layers)} layers that the model computes without calling them go through ComfyUI's weight "
+                f"hooks, which run the branches one after the other and round the LoRA to the stored precision: "
+                f"{some(layers)}"
+            )
 
     def hook(self, branch: int, source: int, patches: dict) -> None:
         """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
@@ -135,7 +154,9 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         kinds["LoRA" if isinstance(term, LowRank) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
         pending.setdefault(name, []).append((term, source) if isinstance(term, LowRank) else term)
         if layer.kind == "norm":
-            plan.norms.setdefault(name, []).append((branch, source, target, adapter))
+            plan.norms.add(name)
+        if layer.kind == "norm" or may_be_fused(find_module(model.model, name)):
+            plan.patches.setdefault(name, []).append((branch, source, target, adapter))
 
     made = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     plan.report.append(

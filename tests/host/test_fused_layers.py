@@ -1,0 +1,80 @@
+"""INT8 layers that the host computes in one kernel with their activation, without calling them.
+
+The truth: two separate models without anything of ours, whose down-projections add the LoRA's products themselves to
+what the host's own kernel makes. A LoRA that is lost moves the result by a hundred times the bounds here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_models import ONE
+
+# INT8 rounds a layer's input to 127 steps a row. Where float32 sums in another order, some hundred thousandth of the
+# values fall to the other side of a step, and move the product of a row by less than 1/127/sqrt(width) each.
+INT8 = 1e-3
+DOWN = "double_blocks.0.img_mlp.2"
+
+
+@pytest.fixture(scope="module")
+def fused(kit):
+    """A MODEL whose first feed-forward is computed as newer hosts do, its down-projection in INT8."""
+
+    def make(bench, kind=None):
+        model = bench.fresh()
+        block = model.model.diffusion_model.double_blocks[0]
+        with torch.inference_mode():  # as the host's loaders do
+            block.img_mlp[2] = kit.int8_layers.int8_linear(block.img_mlp[2])
+            block.img_mlp = (kind or kit.int8_layers.FusedFeedForward)(block.img_mlp)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bench(benches):
+    return benches("flux2")
+
+
+@pytest.fixture(scope="module")
+def loras(bench):
+    """Positive, negative: large on the down-projection, so that a loss is seen."""
+    return [bench.lora(seed, rank=rank) | bench.lora(seed, rank=rank, contains=DOWN, size=3.0)
+            for seed, rank in ((1, 4), (2, 3))]
+
+
+@pytest.fixture(scope="module")
+def truth(bench, fused, kit, loras):
+    """Core's Dual Model CFG Guider on two models, each with its LoRA."""
+
+    def one(lora, strength):
+        own = {key: value for key, value in lora.items() if DOWN in key}
+        rest = {key: value for key, value in lora.items() if DOWN not in key}
+        up, down, alpha = (next(v for k, v in own.items() if k.endswith(e)) for e in ("up.weight", "down.weight", "alpha"))
+        scale = strength * float(alpha) / down.shape[0]
+
+        class Added(kit.int8_layers.FusedFeedForward):
+            def forward(self, x):
+                gate, up_ = self[0](x).chunk(2, dim=-1)
+                hidden = torch.nn.functional.silu(gate.double()) * up_.double()
+                return super().forward(x) + scale * (hidden @ down.double().T @ up.double().T).float()
+
+        return bench.with_loras(fused(bench, Added), (rest, strength))
+
+    return bench.two_models(one(loras[0], 0.8), one(loras[1], 0.5), sampling=ONE)
+
+
+def sides(loras):
+    return {"positive_lora": loras[0], "negative_lora": loras[1], "positive_strength": 0.8, "negative_strength": 0.5}
+
+
+def test_the_lora_acts_in_one_batch(bench, fused, loras, truth, distance, kit, host):
+    seam = host.comfy.ops.linear_input_act
+    model, calls = kit.two_passes.recorded(fused(bench))
+    ours = bench.asymmetric(model=model, sampling=ONE, **sides(loras))
+    without = [{key: value for key, value in lora.items() if DOWN not in key} for lora in loras]
+    lost = bench.asymmetric(model=model, sampling=ONE, **sides(without))
+    assert distance(lost, truth) > 100 * INT8, "what is lost on the way shows"
+    assert distance(ours, truth) < INT8
+    assert {rows for order, rows in calls} == {2}, "one batch"
+    assert host.comfy.ops.linear_input_act is seam
