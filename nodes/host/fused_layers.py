@@ -42,13 +42,16 @@ def _over(below: Callable) -> Callable:
     return _shims[below]
 
 
+def is_quantised(layer: torch.nn.Module) -> bool:
+    """Its weight is one of the host's quantised tensors."""
+    return hasattr(getattr(layer, "weight", None), "_layout_cls")
+
+
 def may_be_fused(layer: torch.nn.Module) -> bool:
     """The host may compute this layer without calling it: quantised, or fp16 with --fast fp16_accumulation."""
-    weight = getattr(layer, "weight", None)
-    if weight is None or not hasattr(comfy.ops, SEAM):
-        return False
     fast = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return hasattr(weight, "_layout_cls") or (fast and weight.dtype == torch.float16)
+    weight = getattr(layer, "weight", None)
+    return is_quantised(layer) or (fast and weight is not None and weight.dtype == torch.float16)
 
 
 @contextlib.contextmanager

@@ -78,3 +78,50 @@ def test_the_lora_acts_in_one_batch(bench, fused, loras, truth, distance, kit, h
     assert distance(ours, truth) < INT8
     assert {rows for order, rows in calls} == {2}, "one batch"
     assert host.comfy.ops.linear_input_act is seam
+
+
+def test_a_feed_forward_that_holds_the_hosts_own_function(bench, fused, loras, truth, distance, kit, host):
+    """Taken by value when it was made, so that nothing of ours is asked: seen in the first pass, then the weight itself
+    is another one for each side. It is dequantised for that, so the layer's input is not rounded: the one difference
+    to the truth, of the size of INT8's own error."""
+    own = host.comfy.ops.linear_input_act
+
+    class Held(kit.int8_layers.FusedFeedForward):
+        def forward(self, x):
+            return own(self[2], self[0](x), self.act)
+
+    model = fused(bench, Held)
+    before = model.model.diffusion_model.double_blocks[0].img_mlp[2].weight.dequantize()
+    node, report = bench.run(
+        "StyleLoomAsymmetricCFGSampler", model=model, positive=bench.positive, negative=bench.negative, seed=5, steps=1,
+        latent_image=bench.latent(), cfg=3.5, sampler_name="euler", scheduler="simple", denoise=1.0, **sides(loras),
+    )  # fmt: skip
+    without = [{key: value for key, value in lora.items() if DOWN not in key} for lora in loras]
+    lost = distance(bench.asymmetric(model=fused(bench), sampling=ONE, **sides(without)), truth)
+    assert distance(node["samples"], truth) < 0.1 * lost
+    assert "1 layers that the model computes without calling them go through weights that are changed at each" in report
+    assert f"diffusion_model.{DOWN}" in report
+    assert torch.equal(model.model.diffusion_model.double_blocks[0].img_mlp[2].weight.dequantize(), before)
+
+
+def test_the_model_as_it_is_while_no_lora_acts(bench, fused, loras):
+    """A window that has not begun: bit by bit the host's own kernel."""
+    late = {**sides(loras), "positive_start_percent": 0.9, "negative_start_percent": 0.9}
+    # The first pass calls every layer, to see which there are, and each step has one pass: so two steps, of which the
+    # second is looked at through what it is given.
+    seen = []
+    model = fused(bench)
+    net = model.model.diffusion_model.double_blocks[0].img_mlp
+
+    class Counting(type(net)):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append((x.clone(), out.clone()))
+            return out
+
+    net.__class__ = Counting
+    bench.asymmetric(model=model, sampling={"steps": 3}, **late)
+    net.__class__ = Counting.__bases__[0]
+    assert len(seen) == 3
+    with torch.inference_mode():
+        assert torch.equal(net(seen[1][0]), seen[1][1])

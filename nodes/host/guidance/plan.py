@@ -19,7 +19,7 @@ from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
-from ..fused_layers import may_be_fused
+from ..fused_layers import is_quantised, may_be_fused
 from ..lora_patches import find_module, is_text_key, lora_patches, not_merged, some
 from ..row_terms import computed_in, parts_of
 
@@ -38,6 +38,8 @@ class Plan:
         patches: Layer's name → (branch, source, target, patch), for layers that the host may compute without calling
             them; see `hook_layers`.
         norms: Those among them that are norms.
+        quantised: The model has quantised layers, with which the host's weight hooks stop.
+        changes: A weight's key → (branch, source, target, patch): what takes the place of `hooks` then.
         report: What was made of what, in lines.
     """
 
@@ -48,6 +50,8 @@ class Plan:
     report: list[str]
     patches: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
     norms: set[str] = dataclasses.field(default_factory=set)
+    quantised: bool = False
+    changes: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
 
     def tell(self, line: str, level: int = logging.WARNING) -> None:
         """A line for the report, once, and for the log: sampling has shown it, when a guider's report is already out."""
@@ -64,17 +68,31 @@ class Plan:
             for branch, source, target, patch in self.patches.pop(name):
                 self.hook(branch, source, {target: patch})
         if self.norms.intersection(names):
-            self.tell("  norms that attention computes itself go through ComfyUI's weight hooks", logging.INFO)
+            self.tell(f"  norms that attention computes itself go through {self.otherwise}", logging.INFO)
         layers = [name for name in names if name not in self.norms]
         if layers:
             self.tell(
-                f"  {len(layers)} layers that the model computes without calling them go through ComfyUI's weight "
-                f"hooks, which run the branches one after the other and round the LoRA to the stored precision: "
+                f"  {len(layers)} layers that the model computes without calling them go through {self.otherwise}: "
                 f"{some(layers)}"
             )
 
+    @property
+    def otherwise(self) -> str:
+        """What is done for patches that have no term."""
+        return (
+            "weights that are changed at each use, with the branches one after the other"
+            if self.quantised
+            else "ComfyUI's weight hooks, which run the branches one after the other and patch these weights in every "
+            "step"
+        )
+
     def hook(self, branch: int, source: int, patches: dict) -> None:
-        """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
+        """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do. See
+        `changed_weights` for models on which that stops."""
+        if self.quantised:
+            for target, patch in patches.items():
+                self.changes.setdefault(parts_of(target)[0], []).append((branch, source, target, patch))
+            return
         hook = comfy.hooks.WeightHook(strength_model=self.strengths[branch][source], strength_clip=0.0)
         hook.weights, hook.weights_clip = patches, {}
         hook.need_weight_init = False
@@ -99,7 +117,7 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
     Raises:
         StyleLoomError: a LoRA for another architecture or of another size, NaN, incomplete patches.
     """
-    plan = Plan({}, {}, {}, {}, [])
+    plan = Plan({}, {}, {}, {}, [], quantised=any(map(is_quantised, model.model.modules())))
     dtype = computed_in(model)
     for branch, entries in branches.items():
         acting = [entry for entry in entries if entry.acts]
@@ -170,8 +188,8 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
     )
     if left:
         plan.report.append(
-            f"  {len(left)} through ComfyUI's weight hooks, which run the branches one after the other and patch these "
-            f"weights in every step: {', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
+            f"  {len(left)} through {plan.otherwise}: "
+            f"{', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
             f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)

@@ -15,6 +15,7 @@ from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
 from ..lora_patches import find_module, some
+from .changed_weights import ChangedWeights
 from .plan import Plan
 
 KEY = "styleloom_branches"
@@ -42,8 +43,9 @@ class BranchRun:
         self._plan = plan
         self.sides = BatchSides()
         self._calls: dict[int, ModelCall] = {}
+        self._changed: dict[int, ChangedWeights] = {}
         self._shared: list[SharedInput] = []
-        self._apart = False
+        self._apart = bool(plan.changes)
         self._observed = False
         self._mixed = False  # the last call of guidance had a batch with both sides
         self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
@@ -74,13 +76,14 @@ class BranchRun:
                     shared.undo()
                 self._shared.clear()
                 self._calls.clear()
+                self._changed.clear()
 
     def _tell(self) -> None:
         """What sampling has shown, for the report."""
         together, alone = self._steps[True], self._steps[False]
         if together:
             self._plan.tell(f"sampled with both sides in one batch, in {together} of {together + alone} steps", logging.INFO)
-        elif alone and not self._apart and not any(self._plan.hooks.values()):
+        elif alone and not (self._apart or any(self._plan.hooks.values())):
             self._plan.tell(
                 "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
                 "cannot be put side by side, and for models that take one picture at a time",
@@ -94,7 +97,8 @@ class BranchRun:
         layers = LayersWithTerms(lambda name: find_module(patcher.model, name), self._plan.terms, call)
         patcher.set_injections(KEY, [PatcherInjection(lambda _: layers.put_in(), lambda _: layers.take_out())])
         others = patcher.is_injected
-        with calls_layers(layers.wanted()):
+        changed = self._changed[id(patcher.model)] = ChangedWeights(patcher.model, self._plan.changes, call)
+        with calls_layers(layers.wanted()), changed.put_in():
             try:
                 layers.put_in()
                 patcher.is_injected = True
@@ -148,7 +152,8 @@ class BranchRun:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True
         try:
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            with self._changed[id(executor.class_obj)].exchanged():
+                result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             call.active = False
             observers, call.observers = call.observers, None
