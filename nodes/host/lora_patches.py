@@ -167,8 +167,8 @@ def _workable(adapter):
     return adapter if made.keys() == own.keys() else to_host(adapter, made)
 
 
-def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set, list[str]]:
-    """(targets of patches that the host takes and never merges, what of the patches it leaves out in words).
+def passed_over(roots: Iterable[torch.nn.Module], patches: Mapping) -> set:
+    """The targets of patches that the host takes and never merges.
 
     The host loads weights layer by layer, and passes over parameters that a module with layers inside it holds itself
     (a block's `modulation`, a model's tokens)."""
@@ -179,12 +179,18 @@ def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set,
             module = find_module(root, key.rpartition(".")[0])
             if module is not None and any("." in name for name, _ in module.named_parameters()):
                 passed.add(target)
+    return passed
+
+
+def left_out(patches: Mapping) -> list[str]:
+    """What the host's merge leaves out of patches, in words."""
     words = Counter(text for adapter in patches.values() if (text := _left_out(adapter)))
-    lines = [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
-    if passed:
-        names = some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in passed))
-        lines.append(f"{len(passed)} patches have no effect: ComfyUI merges none into parameters like {names}")
-    return passed, lines
+    return [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
+
+
+def parameter_names(targets: Iterable) -> str:
+    """The keys of some targets, for a report."""
+    return some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in targets))
 
 
 def _left_out(adapter) -> str:

@@ -125,3 +125,30 @@ def test_the_model_as_it_is_while_no_lora_acts(bench, fused, loras):
     assert len(seen) == 3
     with torch.inference_mode():
         assert torch.equal(net(seen[1][0]), seen[1][1])
+
+
+def test_what_has_no_term_on_a_model_with_quantised_layers(benches, kit, distance):
+    """A DoRA, biases, norms that attention computes itself, and tokens of the model: the host's weight hooks stop on
+    such a model. Held against two models merged by the host."""
+    bench = benches("z-image")
+
+    def quantised():
+        model = bench.fresh()
+        with torch.inference_mode():
+            layer = model.model.diffusion_model.layers[0].feed_forward
+            layer.w2 = kit.int8_layers.int8_linear(layer.w2)
+        return model
+
+    model = quantised()
+    token = "diffusion_model.x_pad_token"
+    lora = bench.lora(1, kind="dora", contains="layers.1.") | kit.adapters.norm_differences(model)
+    lora |= kit.adapters.bias_differences(model) | {f"{token}.diff": torch.ones(model.get_model_object(token).shape)}
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    ours = bench.asymmetric(model=model, positive_lora=lora, sampling=ONE)
+    truth = bench.two_models(bench.with_loras(quantised(), (lora, 1.0)), quantised(), sampling=ONE)
+    assert distance(bench.plain(quantised(), sampling=ONE), truth) > 10 * INT8
+    assert distance(ours, truth) < INT8
+    assert "weights that are changed at each use" in bench.report
+    after = model.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(getattr(module, "weight_function", None) for module in model.model.modules())

@@ -20,7 +20,7 @@ from ....weights.lora.files import check_finite
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
 from ..fused_layers import is_quantised, may_be_fused
-from ..lora_patches import find_module, is_text_key, lora_patches, not_merged, some
+from ..lora_patches import find_module, is_text_key, left_out, lora_patches, passed_over, some
 from ..row_terms import computed_in, parts_of
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
@@ -153,15 +153,15 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         )
     check_finite(lora, f"the {label}")
     patches = lora_patches(model, None, lora, label)
-    idle, notes = not_merged([model.model], patches)
+    whole = passed_over([model.model], patches)
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
-        if target in idle:
-            continue
         key, part, swap = parts_of(target)
         name, _, parameter = key.rpartition(".")
         layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
         try:
+            if target in whole:
+                raise NoTerm("a parameter beside the layers")
             term = term_of(adapter, Place(key, parameter, layer, source, part, swap, dtype))
             if isinstance(term, OutputTransform) and layer.bias and _quantised(model, name):
                 raise NoTerm(f"{adapter.name} on a quantised layer with a bias")
@@ -193,7 +193,7 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)
-    plan.report += [f"  {line}" for line in notes]
+    plan.report += [f"  {line}" for line in left_out(patches)]
     if text:
         plan.report.append(
             f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to "
