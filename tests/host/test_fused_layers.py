@@ -332,3 +332,4 @@ def test_one_run_inside_another_and_another_packs_function(ours, kit, host, monk
         with Acting(ours, second, CHANGE):
             assert moved(second)
         assert ops.linear_input_act is own
+
