@@ -207,8 +207,9 @@ class _Call:
 
 
 def _unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
+    count = len(options.get("cond_or_uncond") or [0])
     return StyleLoomError(
-        f"a layer has {rows} rows, in a batch of {batch} with {len(options.get('cond_or_uncond') or [0])} conditionings",
+        f"a layer has {rows} rows, in a batch of {batch}, for {count} conditionings",
         "rows of which it is known whether they are the positive or the negative side",
         "Another node changes the batch (tiles, regional prompts) in a way that does not show whose each row is: give "
         "the two sides different prompts, or leave that node out.",
