@@ -25,8 +25,8 @@ class LoRABlockFilter(io.ComfyNode):
                     options=list(PRESETS),
                     default=PRESETS[0],
                     tooltip="Which layers are inside. Style blocks, content blocks and layout are known for SDXL, "
-                    "style and layout for SD1.5, style and content blocks for FLUX.1, there also without the two blocks "
-                    "at the border. Attention only and custom patterns work for every model.",
+                    "style and layout for SD1.5, style and content blocks for FLUX.1, there also without the two "
+                    "blocks at the border. Attention only and custom patterns work for every model.",
                 ),
                 io.Float.Input(
                     "inside",

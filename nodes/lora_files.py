@@ -36,7 +36,7 @@ class LoadLoRA(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="trigger_words",
-                    tooltip="Words that call for the LoRA, with commas between them; nothing where the file names none.",
+                    tooltip="Words that call for the LoRA, with commas between; nothing where the file names none.",
                 ),
                 io.String.Output(
                     display_name="base_model",

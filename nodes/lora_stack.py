@@ -50,7 +50,7 @@ class LoRAStackNode(io.ComfyNode):
                 PackLoRAStack.Input(
                     "lora_stack",
                     optional=True,
-                    tooltip="The LORA_STACK of another pack's LoRA stacker: files in models/loras with their strengths.",
+                    tooltip="The LORA_STACK of another pack's LoRA stacker: files in models/loras, with strengths.",
                 ),
                 io.Hooks.Input(
                     "hooks",

@@ -1,9 +1,9 @@
 """A LoRA restricted to some blocks of a model: strengths inside and outside of them, in the file's own keys.
 
-Blocks come from the tables of `unet/architecture.py` and `dit/blocks.py`: what carries style or layout for a picture shown to a layer is
-what carries it in the layer's own weights (B-LoRA, arXiv 2403.14572, found the same blocks by training). Names of
-layers are read in every spelling: diffusers' (`up_blocks.0.attentions.1`) and the original one (`output_blocks.1.1`),
-with dots or kohya's underscores.
+Blocks come from the tables of `unet/architecture.py` and `dit/blocks.py`: what carries style or layout for a picture
+shown to a layer is what carries it in the layer's own weights (B-LoRA, arXiv 2403.14572, found the same blocks by
+training). Names of layers are read in every spelling: diffusers' (`up_blocks.0.attentions.1`) and the original one
+(`output_blocks.1.1`), with dots or kohya's underscores.
 """
 
 from __future__ import annotations
