@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host.guidance.entries import Entries, entries_of
+from .host.guidance.presets import AS_WIRED, PRESETS
+from .shared_inputs import missing_keys_input
 from .types import LoRA, LoRAStack
 
 
@@ -80,6 +82,23 @@ def both_entries(
         entries_of(positive_lora, positive_strength, positive_start_percent, positive_end_percent, "positive_lora"),
         entries_of(negative_lora, negative_strength, negative_start_percent, negative_end_percent, "negative_lora"),
     )
+
+
+def last_inputs() -> list:
+    """What came later, and so stands behind all other inputs: saved workflows list widgets by their order."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=PRESETS,
+            default=AS_WIRED,
+            optional=True,
+            tooltip="A published way of giving LoRAs to the two sides. as wired: what is connected, as it is. i2L: "
+            "references on the positive side, gray on the negative side. positive only: nothing on the negative side. "
+            "base unconditional: LoRAs that the model already has go to the positive side, too. CRAFT: a stack of two, "
+            "content first and style second, each for its part of the steps. The report says what was done.",
+        ),
+        missing_keys_input(),
+    ]
 
 
 REPORT = io.String.Output(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from ...weights.errors import StyleLoomError
-from .lora_patches import lora_patches, not_merged, some
+from .lora_patches import lora_patches, not_merged
+from .missing_keys import ERROR, some
 
 
-def apply_lora(model, clip, lora, strength: float, strength_clip: float):
+def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing: str = ERROR):
     """Clone and patch.
 
     Args:
         model: MODEL.
         clip: CLIP or None.
         lora: LORA_MODEL in any format that the host reads.
+        missing: What becomes of keys that find no place: `ERROR` or `WARN`.
 
     Returns:
         (MODEL, CLIP or None, report). With strength 0 the object given comes back.
@@ -20,7 +24,10 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
     Raises:
         StyleLoomError: as `lora_patches`.
     """
-    patches = lora_patches(model, clip, lora)
+    left_out: list[str] = []
+    patches = lora_patches(model, clip, lora, missing=missing, notes=left_out)
+    for line in left_out:
+        logging.warning("StyleLoom: Apply LoRA: %s", line)
     roots = [model.model] + ([clip.cond_stage_model] if clip is not None else [])
     idle, notes = not_merged(roots, patches)
     name = type(model.model).__name__
@@ -45,4 +52,4 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
             f"a LoRA for {name}",
             "Use the LoRA with the model that it was made for.",
         )
-    return patched, patched_clip, "\n".join(lines + notes)
+    return patched, patched_clip, "\n".join(lines + left_out + notes)

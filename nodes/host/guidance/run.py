@@ -13,7 +13,8 @@ from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_sides import BatchSides
-from ..lora_patches import find_module, some
+from ..lora_patches import find_module
+from ..missing_keys import some
 from .plan import Plan
 
 KEY = "styleloom_branches"

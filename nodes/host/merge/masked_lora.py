@@ -19,7 +19,8 @@ from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.layers import layer_of
 from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE, MaskedLowRank
 from ....weights.row_adapters.rows import TILED
-from ..lora_patches import find_module, some
+from ..lora_patches import find_module
+from ..missing_keys import some
 from ..row_terms import carry, computed_in, parts_of
 
 KEY = "styleloom_masked_lora"
