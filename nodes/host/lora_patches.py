@@ -16,6 +16,7 @@ from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.lora.names import is_text_key
 from ...weights.row_adapters.layers import layer_of
+from .versions import host_versions
 
 
 def _stem(key: str, key_map: Mapping) -> str | None:
@@ -146,7 +147,7 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
         wrong = [problem for target, adapter in patches.items() if (problem := _misplaced(roots, target, adapter))]
     except UnknownAdapter as found:
         raise StyleLoomError(
-            f"this ComfyUI reads a part of the {label} as {found}",
+            f"this ComfyUI reads a part of the {label} as {found} ({host_versions()})",
             "an adapter that StyleLoom knows",
             "Update StyleLoom, or apply this LoRA with ComfyUI's Load LoRA.",
         ) from found

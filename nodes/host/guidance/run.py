@@ -15,6 +15,7 @@ from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
 from ..lora_patches import find_module, some
+from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
 from .plan import Plan
 
@@ -178,8 +179,9 @@ class BranchRun:
                 f"unless a later step calls them: {some(sorted(idle))}",
                 logging.INFO,
             )
-        for observer in observers.values():
-            self._shared.extend(observer.groups())
+        with outside_memory_graph():
+            for observer in observers.values():
+                self._shared.extend(observer.groups())
 
     def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:
         made = {}
