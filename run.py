@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""StyleLoom's two commands. Standard library only, Python 3.10 or later, Linux, macOS and Windows.
+"""StyleLoom's commands. Standard library only, Python 3.10 or later, Linux, macOS and Windows.
 
     python run.py demo [--serve] [--port N]       make a LoRA from reference images and a picture with it
     python run.py test [--no-browser] [args …]    run every test; args go to pytest (tests/unit, -k name, …)
+    python run.py convert-workflow FILE [--out F] rewrite a workflow of IPAdapter Plus to StyleLoom's nodes
 
-Both prepare what is missing first, and say what they do. Before a package of the system is installed as root they ask;
+The last one reads one file and writes another. The others prepare what is missing first, and say what they do. Before a package of the system is installed as root they ask;
 --yes says yes beforehand, and so does CI=true in the environment. Which ComfyUI: COMFYUI_PATH if set; else the one
 in whose custom_nodes this folder lies; else a checked copy from the package index, under .host. Which Python:
 the active one if it has what that ComfyUI needs; else .venv, made once. The host runs with a base directory of
@@ -78,6 +79,24 @@ def test(arguments: list[str]) -> int:
     return parts.run(found, env, parts.parts_of(arguments))
 
 
+def convert_workflow(path: Path, out: Path | None, base: str | None) -> int:
+    """Rewrites a workflow of IPAdapter Plus; says what was done and what has no counterpart."""
+    folder = ROOT / "workflows" / "convert"
+    spec = importlib.util.spec_from_file_location(
+        "styleloom_convert", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["styleloom_convert"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["styleloom_convert"])
+    from styleloom_convert.command import main as convert
+    from styleloom_convert.graph import Unreadable
+
+    try:
+        say(convert(path, out, base))
+    except Unreadable as error:
+        raise StepFailed(str(error)) from error
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
     return as_command(lambda: _command(arguments))
@@ -89,6 +108,8 @@ def _command(arguments: list[str]) -> int:
     if arguments[:1] == ["test"] and not {"-h", "--help"} & set(arguments):
         return test(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.command == "convert-workflow":
+        return convert_workflow(options.file, options.out, options.base)
     return demo(options.serve, options.port, options.workflow.absolute())
 
 
@@ -104,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--no-browser", action="store_true", help="leave out the tests that need a Chromium")
     two.add_argument("--yes", action="store_true", help="install packages of the system without asking, if need be")
     two.add_argument("arguments", nargs="*", help="anything else goes to pytest; without a path it gets `tests`")
+    three = commands.add_parser("convert-workflow", help="rewrite a workflow of IPAdapter Plus to StyleLoom's nodes")
+    three.add_argument("file", type=Path, help="a workflow (.json) as ComfyUI saves it, or in API format")
+    three.add_argument("--out", type=Path, help="where to write it (default: beside it, with _styleloom in its name)")
+    three.add_argument("--base", choices=("sdxl", "sd1.5"), help="which adapter files Unified Loader stands for "
+                       "(default: read from the workflow)")
     return parser
 
 

@@ -10,6 +10,8 @@ from ..weights.lora.files import PRECISIONS, check_lora, save_lora
 from ..weights.tensor_file import read_header
 from .host import folders
 from .host.apply_lora import apply_lora
+from .host.missing_keys import ERROR
+from .shared_inputs import missing_keys_input
 from .types import CATEGORY_LORA, LoRA
 
 
@@ -122,14 +124,17 @@ class ApplyLoRA(io.ComfyNode):
                     advanced=True,
                     tooltip="The same for the text encoder.",
                 ),
+                missing_keys_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A patched clone."),
                 io.Clip.Output(display_name="clip", tooltip="A patched clone, or nothing where no clip was given."),
-                io.String.Output(display_name="report", tooltip="How many weights are patched."),
+                io.String.Output(
+                    display_name="report", tooltip="How many weights are patched, and what was left out."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, lora, strength, clip=None, strength_clip=1.0) -> io.NodeOutput:
-        return io.NodeOutput(*apply_lora(model, clip, lora, strength, strength_clip))
+    def execute(cls, model, lora, strength, clip=None, strength_clip=1.0, missing_keys=ERROR) -> io.NodeOutput:
+        return io.NodeOutput(*apply_lora(model, clip, lora, strength, strength_clip, missing_keys))

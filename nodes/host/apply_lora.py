@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import comfy.float
@@ -10,17 +11,19 @@ import comfy.utils
 import torch
 
 from ...weights.errors import StyleLoomError
-from .lora_patches import left_out, lora_patches, parameter_names, passed_over, some
+from .lora_patches import left_out, lora_patches, parameter_names, passed_over
+from .missing_keys import ERROR, some
 from .row_terms import parts_of
 
 
-def apply_lora(model, clip, lora, strength: float, strength_clip: float):
+def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing: str = ERROR):
     """Clone and patch.
 
     Args:
         model: MODEL.
         clip: CLIP or None.
         lora: LORA_MODEL in any format that the host reads.
+        missing: What becomes of keys that find no place: `ERROR` or `WARN`.
 
     Returns:
         (MODEL, CLIP or None, report). With strength 0 the object given comes back.
@@ -28,8 +31,11 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
     Raises:
         StyleLoomError: as `lora_patches`.
     """
-    patches = lora_patches(model, clip, lora)
-    notes = left_out(patches)
+    missed: list[str] = []
+    patches = lora_patches(model, clip, lora, missing=missing, notes=missed)
+    for line in missed:
+        logging.warning("StyleLoom: Apply LoRA: %s", line)
+    notes = missed + left_out(patches)
     name = type(model.model).__name__
     lines = []
     patched, patched_clip = model, clip

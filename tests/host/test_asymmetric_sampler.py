@@ -86,15 +86,16 @@ def test_the_hosts_dtype_of_results(both, bench, host, monkeypatch):
 def test_equals_the_guider_with_the_custom_sampler(bench, run_node):
     style, gray = bench.lora(1), bench.lora(2)
     loras = {"positive_lora": style, "negative_lora": gray, "negative_strength": 0.5, "positive_end_percent": 0.5}
-    node, report = run_node(
+    node, report, _ = run_node(
         "StyleLoomAsymmetricCFGSampler", model=bench.model, positive=bench.positive, negative=bench.negative,
         latent_image=bench.latent(), seed=5, steps=2, cfg=3.5, sampler_name="euler", scheduler="simple", denoise=1.0,
         **loras,
     )  # fmt: skip
     assert torch.equal(node["samples"], bench.asymmetric(**loras))
     lines, before = report.splitlines(), bench.report.splitlines()
-    assert lines[:-1] == before[:-1]  # what the LoRAs are, then what sampling has shown, or where it will be said
-    assert lines[-1] == "sampled with both sides in one batch, in 2 of 2 steps" and "the log says why" in before[-1]
+    assert lines[:-2] == before[:-1]  # what the LoRAs are, then what sampling has shown, or where it will be said
+    assert lines[-2] == "sampled with both sides in one batch, in 2 of 2 steps" and "the log says why" in before[-1]
+    assert lines[-1] == "positive LoRA 1 by step: 1: 1, 2: 0"
 
 
 def test_two_samplers_one_after_the_other(bench, run_node):

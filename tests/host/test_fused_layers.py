@@ -94,7 +94,7 @@ def test_a_feed_forward_that_holds_the_hosts_own_function(bench, fused, loras, t
 
     model = fused(bench, Held)
     before = model.model.diffusion_model.double_blocks[0].img_mlp[2].weight.dequantize()
-    node, report = bench.run(
+    node, report, *_ = bench.run(
         "StyleLoomAsymmetricCFGSampler", model=model, positive=bench.positive, negative=bench.negative, seed=5, steps=1,
         latent_image=bench.latent(), cfg=3.5, sampler_name="euler", scheduler="simple", denoise=1.0, **sides(loras),
     )  # fmt: skip

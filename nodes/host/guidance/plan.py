@@ -17,10 +17,12 @@ from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
 from ....weights.row_adapters.terms import OutputTransform, Term
 from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
+from ....weights.lora.names import is_text_key
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
 from ..fused_layers import is_quantised, may_be_fused
-from ..lora_patches import find_module, is_text_key, left_out, lora_patches, passed_over, some
+from ..lora_patches import find_module, left_out, lora_patches, passed_over
+from ..missing_keys import ERROR, some
 from ..prefix_cache import without_prefix_cache
 from ..row_terms import computed_in, parts_of
 
@@ -36,6 +38,7 @@ class Plan:
         hooks: Branch → the host's HookGroup for what only a changed weight can do, or None.
         schedules: Branch → one schedule for each of its LoRAs; a term's `source` counts them.
         strengths: Branch → their strengths.
+        loras: Branch → the LoRAs that act, as they were given.
         patches: Layer's name → (branch, source, target, patch), for layers that the host may compute without calling
             them; see `hook_layers`.
         norms: Those among them that are norms.
@@ -55,11 +58,18 @@ class Plan:
     quantised: bool = False
     changes: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
     options: dict[str, dict] = dataclasses.field(default_factory=dict)
+    loras: dict[int, list[BranchLoRA]] = dataclasses.field(default_factory=dict)
 
     @property
     def acts(self) -> bool:
         """Anything is different from side to side, or from step to step."""
         return bool(self.terms or self.changes or any(self.hooks.values()))
+
+    def of_steps(self, sigmas: torch.Tensor) -> None:
+        """Tell the schedules the sigmas of all steps, and where the last one ends."""
+        for schedules in self.schedules.values():
+            for schedule in schedules:
+                schedule.of_steps(sigmas)
 
     def tell(self, line: str, level: int = logging.WARNING) -> None:
         """A line for the report, once, and for the log: sampling has shown it, when a guider's report is already out."""
@@ -115,12 +125,13 @@ class Plan:
         )
 
 
-def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
+def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ERROR) -> Plan:
     """Read the LoRAs of both branches for one model.
 
     Args:
         model: MODEL; nothing of it is changed.
         branches: POSITIVE and NEGATIVE → their LoRAs. Strength 0 and empty windows are left out.
+        missing: What becomes of keys that find no place: `ERROR` or `WARN`.
 
     Raises:
         StyleLoomError: a LoRA for another architecture or of another size, NaN, incomplete patches.
@@ -131,10 +142,11 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
         acting = [entry for entry in entries if entry.acts]
         plan.schedules[branch] = [Schedule(entry) for entry in acting]
         plan.strengths[branch] = [entry.strength for entry in acting]
+        plan.loras[branch] = acting
         plan.hooks[branch] = None
         pending: dict[str, list[Term | tuple[LowRank, int]]] = {}
         for source, entry in enumerate(acting):
-            _read(plan, model, branch, source, entry, dtype, pending)
+            _read(plan, model, branch, source, entry, dtype, pending, missing)
         for name, made in pending.items():
             plan.terms.setdefault(name, {})[branch] = _stacked(made, layer_of(find_module(model.model, name)), dtype)
         apart = sum(entry.strength != 0 and not entry.acts for entry in entries)
@@ -152,19 +164,9 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]]) -> Plan:
     return plan
 
 
-def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict) -> None:
+def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict, missing: str) -> None:
     label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
-    text = [key for key in entry.lora if is_text_key(key)]
-    lora = {key: value for key, value in entry.lora.items() if not is_text_key(key)}
-    if not lora:
-        raise StyleLoomError(
-            f"the {label} has no part for the diffusion model"
-            + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
-            "a LoRA with keys of the diffusion model",
-            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
-        )
-    check_finite(lora, f"the {label}")
-    patches = lora_patches(model, None, lora, label)
+    patches, missed, text = _patches_of(model, entry, label, missing)
     whole = passed_over([model.model], patches)
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
@@ -190,7 +192,7 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
 
     made = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     plan.report.append(
-        f"{label}: {len(patches)} patches at strength {entry.strength:g}"
+        f"{label}{f' ({entry.name})' if entry.name else ''}: {len(patches)} patches at strength {entry.strength:g}"
         + (
             f", {entry.start_percent:g} to {entry.end_percent:g} of sampling"
             if not plan.schedules[branch][source].constant
@@ -205,13 +207,34 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)
-    plan.report += [f"  {line}" for line in left_out(patches)]
+    plan.report += [f"  {line}" for line in missed + left_out(patches)]
     if text:
         plan.report.append(
             f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to "
             f"the clip of the {NAMES[branch]} prompt with Apply LoRA or ComfyUI's Load LoRA"
         )
         logging.warning("StyleLoom: Asymmetric CFG: %s", plan.report[-1].strip())
+
+
+def _patches_of(model, entry: BranchLoRA, label: str, missing: str) -> tuple[Mapping, list[str], list[str]]:
+    """(the host's patches for the diffusion model, lines about what is left out, keys for a text encoder)."""
+    if entry.patches is not None:
+        return entry.patches, [], []
+    text = [key for key in entry.lora if is_text_key(key)]
+    lora = {key: value for key, value in entry.lora.items() if not is_text_key(key)}
+    if not lora:
+        raise StyleLoomError(
+            f"the {label} has no part for the diffusion model"
+            + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
+            "a LoRA with keys of the diffusion model",
+            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
+        )
+    check_finite(lora, f"the {label}")
+    missed: list[str] = []
+    patches = lora_patches(model, None, lora, label, missing, missed)
+    for line in missed:
+        logging.warning("StyleLoom: Asymmetric CFG: %s", line)
+    return patches, missed, text
 
 
 def _quantised(model, name: str) -> bool:

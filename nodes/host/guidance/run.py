@@ -9,12 +9,14 @@ from collections.abc import Mapping
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
+from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
-from ..lora_patches import find_module, some
+from ..lora_patches import find_module
+from ..missing_keys import some
 from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
 from .plan import Plan
@@ -142,6 +144,14 @@ class BranchRun:
         strengths = self._strengths(t, options)
         order = self.sides.of_chunks(options)
         self._mixed = self._mixed or len(set(order)) > 1
+        if self._plan.changes and len(set(order)) > 1:
+            raise StyleLoomError(
+                "another node runs both sides in one call of the model, and some weights here have to be different for "
+                "each side",
+                "a LoRA that needs no changed weights (the report names those that do), or a model without quantised "
+                "layers",
+                "Leave the other node out, or load the model in fp16, bf16 or fp8.",
+            )
         call.set_rows(
             order,
             x.shape[0],

@@ -21,7 +21,8 @@ from ....weights.row_adapters.layers import layer_of
 from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE, MaskedLowRank
 from ....weights.row_adapters.rows import TILED
 from ..fused_layers import called
-from ..lora_patches import find_module, some
+from ..lora_patches import find_module
+from ..missing_keys import some
 from ..prefix_cache import without_prefix_cache
 from ..row_terms import carry, computed_in, parts_of
 from ..versions import host_versions
