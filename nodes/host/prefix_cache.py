@@ -1,7 +1,8 @@
 """The prefix cache of Qwen-Image-2.1: keys and values of prompt and references, kept from the first step on.
 
-It is kept by what the model is given, and asks nothing about LoRAs: a strength that changes from step to step would stay
-that of the first step there, and where both sides have the same prompt, the second would look at the first one's keys.
+It is kept by what the model is given, and asks nothing about LoRAs: a strength that changes from step to step would
+stay that of the first step there, and where both sides have the same prompt, the second would look at the first one's
+keys.
 """
 
 from __future__ import annotations

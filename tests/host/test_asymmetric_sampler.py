@@ -94,7 +94,7 @@ def test_equals_the_guider_with_the_custom_sampler(bench, run_node):
     assert torch.equal(node["samples"], bench.asymmetric(**loras))
     lines, before = report.splitlines(), bench.report.splitlines()
     assert lines[:-2] == before[:-1]  # what the LoRAs are, then what sampling has shown, or where it will be said
-    assert lines[-2] == "sampled with both sides in one batch, in 2 of 2 steps" and "the log says why" in before[-1]
+    assert lines[-2] == "sampled with both sides in one batch, in 2 of 2 evaluations" and "the log says why" in before[-1]
     assert lines[-1] == "positive LoRA 1 by step: 1: 1, 2: 0"
 
 
@@ -135,7 +135,7 @@ def test_two_calls_are_said_in_the_report(benches, run_node, distance, caplog):
 
     style = bench.lora(1)
     common = {"positive": bench.positive, "negative": bench.negative, "cfg": 3.5, "positive_lora": style}
-    node, report = run_node(
+    node, report, *_ = run_node(
         "StyleLoomAsymmetricCFGSampler", model=model(), latent_image=bench.latent(), seed=5, steps=1,
         sampler_name="euler", scheduler="simple", denoise=1.0, **common,
     )  # fmt: skip

@@ -72,7 +72,7 @@ class Plan:
                 schedule.of_steps(sigmas)
 
     def tell(self, line: str, level: int = logging.WARNING) -> None:
-        """A line for the report, once, and for the log: sampling has shown it, when a guider's report is already out."""
+        """A line for the report, once, and for the log: sampling has shown it, and a guider's report is out by then."""
         if line not in self.report:
             self.report.append(line)
             logging.log(level, "StyleLoom: Asymmetric CFG: %s", line.strip())

@@ -85,7 +85,8 @@ class BranchRun:
         """What sampling has shown, for the report."""
         together, alone = self._steps[True], self._steps[False]
         if together:
-            self._plan.tell(f"sampled with both sides in one batch, in {together} of {together + alone} steps", logging.INFO)
+            line = f"sampled with both sides in one batch, in {together} of {together + alone} evaluations"
+            self._plan.tell(line, logging.INFO)
         elif alone and not (self._apart or any(self._plan.hooks.values())):
             self._plan.tell(
                 "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
