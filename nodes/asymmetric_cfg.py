@@ -7,9 +7,14 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from .guidance_inputs import REPORT, both_entries, guidance_inputs, mask_inputs
-from .host.guidance.sampling import RATIOS, make_guider, sample
+from .guidance_inputs import REPORT, both_entries, guidance_inputs, last_inputs, mask_inputs
+from .host.guidance.presets import AS_WIRED
+from .host.guidance.sampling import RATIOS, make_guider, sample, sigmas_of
+from .host.guidance.schedule_plot import draw, in_words, lanes_of
+from .host.missing_keys import ERROR
 from .types import CATEGORY_GUIDANCE
+
+_LATER = "whether both sides run in one batch shows when sampling begins: where they do not, the log says why"
 
 
 class AsymmetricCFGGuiderNode(io.ComfyNode):
@@ -23,13 +28,16 @@ class AsymmetricCFGGuiderNode(io.ComfyNode):
             description="Guidance with one LoRA on the positive side and another, or none, on the negative side, both "
             "computed in one pass. For SamplerCustomAdvanced.",
             search_aliases=["cfg guider", "lora guidance", "i2l", "negative lora"],
-            inputs=[*sockets, cfg, *loras, *mask_inputs()],
+            inputs=[*sockets, cfg, *loras, *last_inputs(), *mask_inputs()],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."), REPORT],
         )
 
     @classmethod
-    def execute(cls, model, positive, cfg, negative=None, **loras) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *both_entries(**loras))
+    def execute(
+        cls, model, positive, cfg, negative=None, preset=AS_WIRED, missing_keys=ERROR, **loras
+    ) -> io.NodeOutput:
+        guider = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
+        report = f"{guider.report}\n{_LATER}"
         return io.NodeOutput(guider, report, ui=ui.PreviewText(report))
 
 
@@ -111,9 +119,16 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
                     advanced=True,
                     tooltip="enable: when stopping early, keep the noise that is left, for a sampler after this one.",
                 ),
+                *last_inputs(),
                 *mask_inputs(),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent."), REPORT],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
+                REPORT,
+                io.Image.Output(
+                    display_name="schedule", tooltip="A picture of how strong each LoRA is in each step, side by side."
+                ),
+            ],
         )
 
     @classmethod
@@ -133,19 +148,19 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
         start_at_step=0,
         end_at_step=10000,
         return_with_leftover_noise="disable",
+        preset=AS_WIRED,
+        missing_keys=ERROR,
         **loras,
     ) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *both_entries(**loras))
+        guider = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
 
         def noise(samples: torch.Tensor) -> torch.Tensor:
             if add_noise == "disable":
                 return torch.zeros_like(samples, device="cpu")
             return comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
 
-        samples = sample(
-            guider,
-            noise,
-            latent_image,
+        every, sigmas, first = sigmas_of(
+            guider.model_patcher,
             steps,
             sampler_name,
             scheduler,
@@ -153,7 +168,10 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
             start_at_step,
             end_at_step,
             return_with_leftover_noise == "enable",
-            seed,
         )
+        samples = sample(guider, noise, latent_image, sampler_name, sigmas, every, seed)
+        lanes = lanes_of(guider.plan, guider.model_patcher, sigmas, every)
+        report = "\n".join([guider.report, *in_words(lanes, first)])
         made = {name: value for name, value in latent_image.items() if name not in RATIOS}
-        return io.NodeOutput(made | {"samples": samples}, report, ui=ui.PreviewText(report))
+        picture = draw(lanes, sigmas, first, cfg)
+        return io.NodeOutput(made | {"samples": samples}, report, picture, ui=ui.PreviewText(report))

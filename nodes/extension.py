@@ -15,6 +15,8 @@ from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
 from .lora_stack import LoRAStackNode
 from .merge_loras import MergeLoRAs
 from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
+from .style_encodings import LoadStyleEncoding, SaveStyleEncoding
+from .style_helpers import NoiseNegative, StyleWeights
 from .ziprank_merge import ZipRankMerge
 
 
@@ -36,6 +38,10 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeStyleImage,
     StyleBlockInjector,
     ContentSubtract,
+    StyleWeights,
+    NoiseNegative,
+    SaveStyleEncoding,
+    LoadStyleEncoding,
     LoRABlockFilter,
     ZipRankMerge,
     MergeLoRAs,

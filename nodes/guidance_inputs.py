@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host.guidance.entries import Entries, entries_of
+from .host.guidance.presets import AS_WIRED, PRESETS
+from .shared_inputs import missing_keys_input
 from .types import LoRA, LoRAStack
 
 
@@ -111,6 +113,23 @@ def both_entries(
         "negative_mask",
     )
     return positive, negative
+
+
+def last_inputs() -> list:
+    """What came later, and so stands behind all other inputs: saved workflows list widgets by their order."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=PRESETS,
+            default=AS_WIRED,
+            optional=True,
+            tooltip="A published way of giving LoRAs to the two sides. as wired: what is connected, as it is. i2L: "
+            "references on the positive side, gray on the negative side. positive only: nothing on the negative side. "
+            "base unconditional: LoRAs that the model already has go to the positive side, too. CRAFT: a stack of two, "
+            "content first and style second, each for its part of the steps. The report says what was done.",
+        ),
+        missing_keys_input(),
+    ]
 
 
 REPORT = io.String.Output(

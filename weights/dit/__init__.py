@@ -1,1 +1,1 @@
-"""Diffusion transformers: where the tokens of their layers stand."""
+"""Diffusion transformers: what their blocks are for, and where the tokens of their layers stand."""

@@ -177,7 +177,16 @@ class Places:
         self._where: dict = {}
         self._made: dict = {}
 
-    def strengths(self, name: str, branch: int, first: int, rows: int, out: torch.Tensor, plain: tuple) -> tuple:
+    def strengths(
+        self,
+        name: str,
+        branch: int,
+        first: int,
+        rows: int,
+        out: torch.Tensor,
+        plain: tuple,
+        copies: tuple[int, ...] | None = None,
+    ) -> tuple:
         """A branch's strengths on the rows of a layer.
 
         Args:
@@ -185,6 +194,7 @@ class Places:
             first, rows: The run of rows.
             out: The layer's output, all rows; a linear layer's input does as well.
             plain: The strengths without places.
+            copies: For each row of the layer the row of the batch that it is a copy of; None: they are the batch's.
 
         Raises:
             StyleLoomError: the places of the layer's tokens are not known.
@@ -194,7 +204,7 @@ class Places:
             return plain
         stream, axis = found
         shape = tuple(out.shape[2:] if axis == 1 else out.shape[1:-1])
-        key = (stream, axis, shape, branch, first, rows, out.shape[0], out.dtype, out.device)
+        key = (stream, axis, shape, branch, first, rows, copies or out.shape[0], out.dtype, out.device)
         made = self._made.get(key)
         if made is None or made[0] != plain:
             if len(self._made) > _KEPT:
@@ -203,7 +213,7 @@ class Places:
         return made[1]
 
     def _here(self, name: str, key: tuple, plain: tuple) -> Here:
-        stream, axis, shape, branch, first, rows, total, dtype, device = key
+        stream, axis, shape, branch, first, rows, total, dtype, device = key  # total: the rows, or `copies`
         here = []
         for source, (strength, region) in enumerate(zip(plain, self._regions[branch], strict=True)):
             if region is None or strength == 0:
@@ -219,12 +229,13 @@ class Places:
         made.kept = {}
         return made
 
-    def _shares(self, name: str, region: Region, stream: str, shape: tuple[int, ...], rows: int) -> torch.Tensor:
+    def _shares(self, name: str, region: Region, stream: str, shape: tuple[int, ...], rows) -> torch.Tensor:
         """(1 or rows, *shape), float32."""
         scene = self._scene
         try:
-            if rows != len(scene.views):
-                raise Unplaced(f"it has {rows} rows for a batch of {len(scene.views)}")
+            views = [scene.views[row] for row in rows] if isinstance(rows, tuple) else scene.views
+            if not isinstance(rows, tuple) and rows != len(views):
+                raise Unplaced(f"it has {rows} rows for a batch of {len(views)}")
             layout = self._tokens.layout(stream, shape, scene.given)
         except Unplaced as why:
             raise StyleLoomError(
@@ -234,7 +245,7 @@ class Places:
                 "leave it out, or leave mask unconnected.",
             ) from why
         seen: dict = {}
-        for view in scene.views:
+        for view in views:
             if view not in seen:
                 shown = self._maps.of_view(region, scene, view)
                 seen[view] = torch.cat(
@@ -247,4 +258,4 @@ class Places:
                 ).view(shape)
         if len(self._maps.of_latent(region, scene)) == 1 and len({(view.frames, view.area) for view in seen}) == 1:
             return next(iter(seen.values()))[None]
-        return torch.stack([seen[view] for view in scene.views])
+        return torch.stack([seen[view] for view in views])

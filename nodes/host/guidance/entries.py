@@ -29,7 +29,7 @@ def entries_of(
             "Swap the two, or set the strength to 0 to leave the LoRA out.",
         )
     if isinstance(lora, dict):
-        lora = (BranchLoRA(lora),)
+        lora = (BranchLoRA(lora, name=getattr(lora, "source", "")),)
     if not isinstance(lora, tuple) or not all(isinstance(entry, BranchLoRA) for entry in lora):
         raise StyleLoomError(
             f"{name} is a {type(lora).__name__}",
@@ -40,6 +40,7 @@ def entries_of(
         dataclasses.replace(
             entry,
             strength=entry.strength * strength,
+            strength_clip=None if entry.strength_clip is None else entry.strength_clip * strength,
             start_percent=max(entry.start_percent, start_percent),
             end_percent=min(entry.end_percent, end_percent),
             masks=(*entry.masks, *masks),

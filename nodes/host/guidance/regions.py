@@ -14,6 +14,7 @@ from ....weights.row_adapters.regions import Maps, Places, Region, Scene, View
 from ....weights.row_adapters.terms import Term
 from ....weights.token_tables import Tokens, tokens_of
 from ..areas import areas_of, frames_of, pictures_of
+from ..batch_rows import Rows
 
 _LATENT = "styleloom_latent"  # in transformer_options: the latent's axes, and uuid -> area of the conditionings
 _KEPT = 16  # kinds of calls that are remembered
@@ -145,19 +146,20 @@ class RegionalRun:
         options = {**model_options.get("transformer_options", {}), _LATENT: (axes, areas_of(conds, axes))}
         return {**model_options, "transformer_options": options}
 
-    def places(self, model, x: torch.Tensor, options: Mapping, inputs: Mapping) -> Places:
+    def places(self, model, x: torch.Tensor, options: Mapping, rows: Rows, inputs: Mapping) -> Places:
         """The strengths at places for one call of a model.
 
         Args:
             model: The host's BaseModel.
             x: The call's latent, (rows, channels, ...).
             options: transformer_options.
+            rows: What the rows of the batch are.
             inputs: The diffusion model's other inputs by name; `context` is the text.
 
         Raises:
             StyleLoomError: the call shows something else than the latent or a known part of it.
         """
-        scene = self._scene(model, x, options, inputs)
+        scene = self._scene(model, x, options, rows, inputs)
         key = (id(model), scene)
         if key not in self._places:
             if len(self._places) > _KEPT:
@@ -165,13 +167,13 @@ class RegionalRun:
             self._places[key] = self._planned.places(scene, self._maps)
         return self._places[key]
 
-    def _scene(self, model, x: torch.Tensor, options: Mapping, inputs: Mapping) -> Scene:
+    def _scene(self, model, x: torch.Tensor, options: Mapping, rows: Rows, inputs: Mapping) -> Scene:
         axes, areas = options.get(_LATENT, (None, {}))
-        chunks = len(options.get("cond_or_uncond") or [0])
-        each, own = x.shape[0] // chunks, tuple(x.shape[2:])
-        found = tuple(areas.get(uuid) for uuid in options.get("uuids") or [None] * chunks)
+        each, own = x.shape[0] // len(rows.chunks), tuple(x.shape[2:])
+        uuids = options.get("uuids") or [None] * (max(rows.chunks) + 1)
+        found = tuple(areas.get(uuids[chunk]) for chunk in rows.chunks)
         shown = {axes if area is None else area[: len(own)] for area in found}
-        if shown != {own} or len(own) not in (2, 3):
+        if shown != {own} or len(own) not in (2, 3) or not rows.plain:
             raise StyleLoomError(
                 f"the model is shown {' x '.join(map(str, own))} of a latent of "
                 f"{' x '.join(map(str, axes)) if axes else 'unknown size'}, by another node",

@@ -8,15 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
-from ..areas import areas_of
+from .. import areas
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
 
-def areas_in(conds: Iterable, shape: tuple[int, ...]) -> dict:
-    """`areas.areas_of` with the latent's size behind each. Areas of video latents (three dimensions) have no place in a
-    UNet for pictures and are left out."""
-    return {name: (*area, *shape) for name, area in areas_of(conds, shape).items()} if len(shape) == 2 else {}
+def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
+    """Which of `count` pictures each frame gets: its own, or the last where there are fewer pictures than frames."""
+    return tuple(min(frame, count - 1) for frame in frames)
+
+
+def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
+    """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
+
+    Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
+    """
+    return {uuid: (*area, *shape) for uuid, area in areas.areas_of(conds, shape).items()} if len(shape) == 2 else {}
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
@@ -76,7 +83,7 @@ class MaskGrid:
     ) -> torch.Tensor:
         mask = self.mask[:, None]
         if self.pictures > 1:
-            mask = mask[list(frames)]
+            mask = mask[list(nearest(frames, self.pictures))]
         made = {None: mask} if None in areas else {}
         for area in set(areas) - {None}:
             height, width, top, left, *full = area
