@@ -67,8 +67,8 @@ class LoRAStackNode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The LoRA acts where this mask is white, with soft edges and in the same pass as all others. "
-                    "One for all pictures, or one for each picture or frame. Left out: everywhere.",
+                    tooltip="The LoRA acts where this mask is white, with soft edges, in the same pass as all others. "
+                    "One mask for all pictures, or one for each picture or frame. Left out: everywhere.",
                 ),
                 io.Combo.Input(
                     "text_tokens",
@@ -77,8 +77,8 @@ class LoRAStackNode(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="With a mask: what the layers get that have no place in the picture (text, reference "
-                    "pictures, time). none: nothing of this LoRA, so it stays in its region. whole: all of it, which is "
-                    "stronger and shows outside as well.",
+                    "pictures, time). none: nothing of this LoRA, so it stays in its region. whole: all of it, which "
+                    "is stronger and shows outside as well.",
                 ),
             ],
             outputs=[

@@ -222,12 +222,13 @@ def test_masks_multiply(bench, distance):
 
 @pytest.mark.parametrize("windows", (False, True))
 def test_one_mask_for_each_picture(windows, bench, distance):
-    """Each picture of a batch comes out as with its own mask alone, also where windows show a part of them at a time."""
+    """Each picture of a batch comes out as with its own mask alone, also where windows show some of them at a time."""
     lora, masks = bench.lora(1), picture_mask(bench, 1, 4)
     model = bench.model
     if windows:
         model = bench.run("ContextWindowsManual", model=model, context_length=2, context_overlap=1, dim=0,
-                          context_schedule="standard_static", fuse_method="flat", causal_window_fix=True)[0]  # fmt: skip
+                          context_schedule="standard_static", fuse_method="flat",
+                          causal_window_fix=True)[0]  # fmt: skip
     with_all = bench.asymmetric(model, bench.latent(4), positive_lora=stack(bench, lora, mask=masks), sampling=ONE)
     for number in range(4):
         mask = masks[number : number + 1]
@@ -238,7 +239,8 @@ def test_one_mask_for_each_picture(windows, bench, distance):
 def test_a_conditioning_of_an_area(bench, distance):
     """It sees its part of the mask."""
     lora, mask = bench.lora(1), picture_mask(bench, 1)
-    area = bench.run("ConditioningSetArea", conditioning=bench.positive, width=64, height=64, x=32, y=0, strength=1.0)[0]
+    area = bench.run("ConditioningSetArea", conditioning=bench.positive, width=64, height=64, x=32, y=0,
+                     strength=1.0)[0]  # fmt: skip
     ours = bench.asymmetric(positive=area, negative=area, positive_lora=stack(bench, lora, mask=mask), sampling=ONE)
     truth = Truth(bench, [(lora, 1.0, mask[0, :, 32:], 0.0)], 0, size=(8, 8))
     assert distance(ours, truth.sample(positive=area, negative=area)) < BOUND

@@ -56,7 +56,8 @@ def rotation(module):
 
 TERMS = {
     "difference": (linear, lambda m: Difference(layer_of(m), 0, normal(8, 12))),
-    "difference of a part": (linear, lambda m: Difference(replace(layer_of(m), shape=(3, 12)), 0, normal(3, 12), (2, 3))),
+    "difference of a part": (linear, lambda m: Difference(replace(layer_of(m), shape=(3, 12)), 0, normal(3, 12),
+                                                          (2, 3))),
     "bias": (linear, lambda m: BiasDifference(layer_of(m), 0, normal(8))),
     "LoKr": (linear, lambda m: Kronecker(layer_of(m), 0, (normal(2, 3),), (normal(4, 4),), 0.5)),
     "OFT": (linear, rotation),

@@ -53,8 +53,9 @@ _TWO_STREAMS: Patterns = (
     (r"single_blocks\.\d+\.", JOINT),
     (r"final_layer\.adaLN_modulation\b", NOWHERE),
     (r"final_layer\.linear\b", PICTURE),
-    (r"(time_in|time_r_in|vector_in|guidance_in|txt_in|txt_norm|byt5_in|vision_in|distilled_guidance_layer)\b", NOWHERE),
+    (r"(time_in|time_r_in|vector_in|guidance_in|txt_in|txt_norm|byt5_in|vision_in)\b", NOWHERE),
     (r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\b", NOWHERE),
+    (r"distilled_guidance_layer\b", NOWHERE),
 )
 _FLUX: Patterns = (*_TWO_STREAMS, (r"img_in\b", PICTURE))
 _WAN: Patterns = (

@@ -43,8 +43,8 @@ class LowRankTerm(Term):
         self.add(None, x, y, strengths)
 
     def hidden(self, whole: torch.Tensor | None, x: torch.Tensor, strengths: tuple) -> torch.Tensor | None:
-        """down · x (rows, ..., ranks), from the product for all layers with this input where there is one; None where no
-        source has a strength."""
+        """down · x (rows, …, ranks), from the product for all layers with this input where there is one; None where
+        no source has a strength."""
         if self.shared is not None and whole is not None and not torch.compiler.is_compiling():
             found = self.shared.hidden(self, whole, x)
             if found is not None:

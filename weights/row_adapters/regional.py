@@ -1,7 +1,7 @@
 """Terms of which some sources act in a region only: what they add is multiplied by the strength at each place.
 
-A low-rank change of a linear layer is multiplied where it is narrow, y += up · (m ∘ (down · x)): some LoRAs with a region each cost what
-they cost without one. Any other is multiplied where it is added.
+A low-rank change of a linear layer is multiplied where it is narrow, y += up · (m ∘ (down · x)): some LoRAs with a
+region each cost what they cost without one. Any other is multiplied where it is added.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Regional(Term):
 
 
 def in_region(term: Term) -> Term | None:
-    """The term for an adapter with a region, or None where there is none: a norm's scale would have to know which of its
-    input's axes are places, and what GLoRA adds before a convolution is spread by its kernel."""
+    """The term for an adapter with a region, or None where there is none: a norm's scale would have to know which of
+    its input's axes are places, and what GLoRA adds before a convolution is spread by its kernel."""
     if term.layer.kind == "norm" or (isinstance(term, InputAndOutput) and term.layer.kind == "conv"):
         return None
     return Regional(term)
