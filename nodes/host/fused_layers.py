@@ -1,7 +1,7 @@
 """Layers that the host computes together with the activation before them, without calling them.
 
-`comfy.ops.linear_input_act(linear, x, act)` is linear(act(x)) in one kernel where the weight is INT8 (later also where it
-is fp16 and the host runs with --fast fp16_accumulation). A replaced forward, or a hook on the module, would then do
+`comfy.ops.linear_input_act(linear, x, act)` is linear(act(x)) in one kernel where the weight is INT8 (later also where
+it is fp16 and the host runs with --fast fp16_accumulation). A replaced forward, or a hook on the module, would then do
 nothing at all. While a run of ours is open, that function calls the layers of the run, and is itself for all others.
 """
 
@@ -20,7 +20,7 @@ from .versions import host_versions
 
 SEAM = "linear_input_act"
 
-_lock = threading.RLock()  # a run on several devices opens one of these for each, and another run may be in another thread
+_lock = threading.RLock()  # another run may be in another thread
 _wanted: dict[int, Callable[[], bool]] = {}
 _open = 0
 _shims: dict[Callable, Callable] = {}  # one for each function below, so that compiled graphs meet the same one again

@@ -16,6 +16,7 @@ from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.row_adapters.layers import layer_of
 from .missing_keys import ERROR, placed_keys, some, without_place
+from .versions import host_versions
 
 
 def _patched(key: str, target):
@@ -127,7 +128,7 @@ def lora_patches(
         wrong = [problem for target, adapter in patches.items() if (problem := _misplaced(roots, target, adapter))]
     except UnknownAdapter as found:
         raise StyleLoomError(
-            f"this ComfyUI reads a part of the {label} as {found}",
+            f"this ComfyUI reads a part of the {label} as {found} ({host_versions()})",
             "an adapter that StyleLoom knows",
             "Update StyleLoom, or apply this LoRA with ComfyUI's Load LoRA.",
         ) from found

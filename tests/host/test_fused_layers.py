@@ -333,3 +333,40 @@ def test_one_run_inside_another_and_another_packs_function(ours, kit, host, monk
             assert moved(second)
         assert ops.linear_input_act is own
 
+
+
+# --- a model with a prefix cache, as Qwen-Image-2.1 has it from 0.36 on: what it is told, not what it then does
+
+
+@pytest.fixture
+def cached(bench, host):
+    """(a MODEL whose net has such a cache, what its calls were told of it)."""
+    model, told = bench.fresh(), []
+    model.model.diffusion_model.reset_prefix_cache = lambda *_: None
+    model.model_options["transformer_options"]["own"] = 1
+
+    def note(executor, *args, **kwargs):
+        options = args[5] if len(args) > 5 else kwargs["transformer_options"]
+        told.append((options.get("qwen_image21_cache"), options["own"]))
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(host.comfy.patcher_extension.WrappersMP.APPLY_MODEL, "note", note)
+    return model, told
+
+
+def test_the_prefix_cache_is_off_while_a_lora_acts(bench, cached):
+    model, told = cached
+    bench.asymmetric(model=model, positive_lora=bench.lora(1), sampling=ONE)
+    assert "cache of prompt and references is off" in bench.report
+    bench.asymmetric(model=model, positive_lora=bench.lora(1), positive_strength=0.0, sampling=ONE)
+    assert "cache" not in bench.report
+    assert told == [({"device": "off"}, 1), (None, 1)]
+    assert model.model_options["transformer_options"] == {"own": 1}
+
+
+def test_the_prefix_cache_is_off_in_a_merge(bench, cached, ours):
+    model, told = cached
+    before = model.model_options
+    with ours("nodes.host.merge.masked_lora").MaskedLoRA(model, []):
+        bench.plain(model, sampling=ONE)
+    assert told == [({"device": "off"}, 1)] and model.model_options is before

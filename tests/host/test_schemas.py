@@ -111,7 +111,7 @@ API = {
     "StyleLoomEncodeStyleImage": (
         "Encode Style Image",
         [("clip_vision", "CLIP_VISION", REQUIRED), ("image", "IMAGE", REQUIRED), ("fit", "COMBO", REQUIRED)],
-        [("encoded", "CLIP_VISION_OUTPUT")],
+        [("encoded", "CLIP_VISION_OUTPUT"), ("masks", "MASK")],
     ),
     "StyleLoomStyleBlockInjector": (
         "Style Block Injector",
@@ -121,7 +121,28 @@ API = {
          ("negative", "CLIP_VISION_OUTPUT", OPTIONAL), ("mask", "MASK", OPTIONAL),
          ("start_percent", "FLOAT", OPTIONAL), ("end_percent", "FLOAT", OPTIONAL), ("scaling", "COMBO", OPTIONAL),
          ("fusion", "COMBO", OPTIONAL), ("block_weights", "STRING", OPTIONAL)],
-        [("model", "MODEL")],
+        [("model", "MODEL"), ("report", "STRING")],
+    ),
+    "StyleLoomStyleWeights": (
+        "Style Weights",
+        [("weights", "STRING", REQUIRED), ("timing", "COMBO", REQUIRED), ("frames", "INT", REQUIRED)],
+        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE")],
+    ),
+    "StyleLoomNoiseNegative": (
+        "Noise Negative",
+        [("kind", "COMBO", REQUIRED), ("strength", "FLOAT", REQUIRED), ("blur", "INT", REQUIRED),
+         ("seed", "INT", REQUIRED), ("image", "IMAGE", OPTIONAL)],
+        [("image", "IMAGE")],
+    ),
+    "StyleLoomSaveStyleEncoding": (
+        "Save Style Encoding",
+        [("encoded", "CLIP_VISION_OUTPUT", REQUIRED), ("filename_prefix", "STRING", REQUIRED)],
+        [],
+    ),
+    "StyleLoomLoadStyleEncoding": (
+        "Load Style Encoding",
+        [("encoding_name", "COMBO", REQUIRED)],
+        [("encoded", "CLIP_VISION_OUTPUT")],
     ),
     "StyleLoomContentSubtract": (
         "Content Subtract",

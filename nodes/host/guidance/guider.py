@@ -61,6 +61,10 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
     def inner_sample(self, *args, **kwargs):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
+        self.model_options["transformer_options"] = {
+            **self.model_options.get("transformer_options", {}),
+            **self.plan.options,
+        }
         run = BranchRun(self.plan)
         run.sides.given(self.conds)
 

@@ -23,6 +23,7 @@ from .schedule import BranchLoRA, Schedule
 from ..fused_layers import is_quantised, may_be_fused
 from ..lora_patches import find_module, left_out, lora_patches, passed_over
 from ..missing_keys import ERROR, some
+from ..prefix_cache import without_prefix_cache
 from ..row_terms import computed_in, parts_of
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
@@ -43,6 +44,7 @@ class Plan:
         norms: Those among them that are norms.
         quantised: The model has quantised layers, with which the host's weight hooks stop.
         changes: A weight's key → (branch, source, target, patch): what takes the place of `hooks` then.
+        options: What the run adds to `transformer_options`.
         report: What was made of what, in lines.
     """
 
@@ -55,7 +57,13 @@ class Plan:
     norms: set[str] = dataclasses.field(default_factory=set)
     quantised: bool = False
     changes: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    options: dict[str, dict] = dataclasses.field(default_factory=dict)
     loras: dict[int, list[BranchLoRA]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def acts(self) -> bool:
+        """Anything is different from side to side, or from step to step."""
+        return bool(self.terms or self.changes or any(self.hooks.values()))
 
     def of_steps(self, sigmas: torch.Tensor) -> None:
         """Tell the schedules the sigmas of all steps, and where the last one ends."""
@@ -64,7 +72,7 @@ class Plan:
                 schedule.of_steps(sigmas)
 
     def tell(self, line: str, level: int = logging.WARNING) -> None:
-        """A line for the report, once, and for the log: sampling has shown it, when a guider's report is already out."""
+        """A line for the report, once, and for the log: sampling has shown it, and a guider's report is out by then."""
         if line not in self.report:
             self.report.append(line)
             logging.log(level, "StyleLoom: Asymmetric CFG: %s", line.strip())
@@ -149,6 +157,10 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
             )
         if not acting:
             plan.report.append(f"{NAMES[branch]}: the model as it is")
+    if plan.acts:
+        plan.options = without_prefix_cache(model.model.diffusion_model)
+    if plan.options:
+        plan.report.append("the model's cache of prompt and references is off in this run: it knows nothing of LoRAs")
     return plan
 
 

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
+from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
+from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
 from ..lora_patches import find_module
 from ..missing_keys import some
+from ..repeated_rows import tracing
+from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
 from .plan import Plan
 
@@ -83,7 +87,8 @@ class BranchRun:
         """What sampling has shown, for the report."""
         together, alone = self._steps[True], self._steps[False]
         if together:
-            self._plan.tell(f"sampled with both sides in one batch, in {together} of {together + alone} steps", logging.INFO)
+            line = f"sampled with both sides in one batch, in {together} of {together + alone} evaluations"
+            self._plan.tell(line, logging.INFO)
         elif alone and not (self._apart or any(self._plan.hooks.values())):
             self._plan.tell(
                 "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
@@ -111,6 +116,7 @@ class BranchRun:
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
+        model_options = noting(x_in, model_options)
         if sum(cond is not None for cond in conds) < 2:
             return executor(model, conds, x_in, timestep, model_options)
         self._mixed = False
@@ -139,13 +145,27 @@ class BranchRun:
         call = self._calls.get(id(executor.class_obj))
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+        rows = rows_of(self.sides, options, x.shape[0], given)
+        if rows is None:
+            raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
         strengths = self._strengths(t, options)
-        order = self.sides.of_chunks(options)
-        self._mixed = self._mixed or len(set(order)) > 1
+        mixed = len(set(rows.sides)) > 1
+        self._mixed = self._mixed or mixed
+        if self._plan.changes and mixed:
+            raise StyleLoomError(
+                "another node runs both sides in one call of the model, and some weights here have to be different for "
+                "each side",
+                "a LoRA that needs no changed weights (the report names those that do), or a model without quantised "
+                "layers",
+                "Leave the other node out, or load the model in fp16, bf16 or fp8.",
+            )
+        inner = executor.class_obj.diffusion_model
+        options = tracing(options, inner, call.repeat)
         call.set_rows(
-            order,
+            rows.sides,
             x.shape[0],
-            type(executor.class_obj.diffusion_model).__name__ in TILED,
+            type(inner).__name__ in TILED,
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
@@ -179,8 +199,9 @@ class BranchRun:
                 f"unless a later step calls them: {some(sorted(idle))}",
                 logging.INFO,
             )
-        for observer in observers.values():
-            self._shared.extend(observer.groups())
+        with outside_memory_graph():
+            for observer in observers.values():
+                self._shared.extend(observer.groups())
 
     def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:
         made = {}

@@ -23,6 +23,7 @@ from ....weights.row_adapters.rows import TILED
 from ..fused_layers import called
 from ..lora_patches import find_module
 from ..missing_keys import some
+from ..prefix_cache import without_prefix_cache
 from ..row_terms import carry, computed_in, parts_of
 from ..versions import host_versions
 
@@ -83,6 +84,9 @@ class MaskedLoRA:
             are as before.
         ranks: From `stacked_ranks`.
 
+    Attributes:
+        options: What `transformer_options` needs in every call of the model; the MODEL has it while the block is open.
+
     Raises:
         StyleLoomError: a layer that the model does not have, or of a kind that takes no LoRA.
     """
@@ -96,6 +100,7 @@ class MaskedLoRA:
         self._terms: list[MaskedLowRank] = []
         self._layers: LayersWithTerms | None = None
         self._open = contextlib.ExitStack()
+        self.options = without_prefix_cache(model.model.diffusion_model)
 
     def __enter__(self) -> MaskedLoRA:
         dtype, layers = computed_in(self.model), {}
@@ -114,8 +119,13 @@ class MaskedLoRA:
         self._layers = LayersWithTerms(lambda name: find_module(self.model.model, name), terms, self._call)
         self.use([CONTENT])
         carry(self.model, KEY, torch.nn.ModuleList(self._terms))
-        self._open.enter_context(called(self._layers.wanted()))
         self._layers.put_in()
+        self._open.enter_context(called(self._layers.wanted()))
+        if self.options:
+            before = self.model.model_options
+            self._open.callback(setattr, self.model, "model_options", before)
+            added = {**before.get("transformer_options", {}), **self.options}
+            self.model.model_options = {**before, "transformer_options": added}
         self._call.active, self._call.called = True, set()
         return self
 
