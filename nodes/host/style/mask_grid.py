@@ -12,6 +12,11 @@ from ....weights.errors import StyleLoomError
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
 
+def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
+    """Which of `count` pictures each frame gets: its own, or the last where there are fewer pictures than frames."""
+    return tuple(min(frame, count - 1) for frame in frames)
+
+
 def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
     """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
 
@@ -85,7 +90,7 @@ class MaskGrid:
     ) -> torch.Tensor:
         mask = self.mask[:, None]
         if self.pictures > 1:
-            mask = mask[list(frames)]
+            mask = mask[list(nearest(frames, self.pictures))]
         made = {None: mask} if None in areas else {}
         for area in set(areas) - {None}:
             height, width, top, left, *full = area
