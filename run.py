@@ -25,19 +25,18 @@ if sys.version_info < (3, 10):
     sys.exit("StyleLoom needs Python 3.10 or later; this is " + sys.version.split()[0])
 
 
-def _load_runner() -> None:
-    """Imports the folder tests/runner/ as the package `styleloom_runner`, without a change to sys.path."""
-    if "styleloom_runner" in sys.modules:
+def _load_package(name: str, folder: Path) -> None:
+    """Imports a folder as a package of another name, without a change to sys.path."""
+    if name in sys.modules:
         return
-    folder = Path(__file__).resolve().parent / "tests" / "runner"
     spec = importlib.util.spec_from_file_location(
-        "styleloom_runner", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    sys.modules["styleloom_runner"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["styleloom_runner"])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
-_load_runner()
+_load_package("styleloom_runner", Path(__file__).resolve().parent / "tests" / "runner")
 
 from styleloom_runner import browser, environment, host, parts  # noqa: E402
 from styleloom_runner.common import DEMO, ROOT, WORK, YES, StepFailed, as_command, await_all, lock, say  # noqa: E402
@@ -79,14 +78,14 @@ def test(arguments: list[str]) -> int:
     return parts.run(found, env, parts.parts_of(arguments))
 
 
+def load_convert() -> None:
+    """Imports the folder workflows/convert/ as the package `styleloom_convert`."""
+    _load_package("styleloom_convert", ROOT / "workflows" / "convert")
+
+
 def convert_workflow(path: Path, out: Path | None, base: str | None) -> int:
     """Rewrites a workflow of IPAdapter Plus; says what was done and what has no counterpart."""
-    folder = ROOT / "workflows" / "convert"
-    spec = importlib.util.spec_from_file_location(
-        "styleloom_convert", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["styleloom_convert"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["styleloom_convert"])
+    load_convert()
     from styleloom_convert.command import main as convert
     from styleloom_convert.graph import Unreadable
 

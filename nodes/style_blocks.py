@@ -98,7 +98,7 @@ class EncodeStyleImage(io.ComfyNode):
                     "mask",
                     optional=True,
                     advanced=True,
-                    tooltip="What of the picture the encoder sees: white all, black nothing, its mean colour. Any size.",
+                    tooltip="What of the picture the encoder sees: white all, black nothing, which is its mean colour.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -230,8 +230,8 @@ class StyleBlockInjector(io.ComfyNode):
                     default=FUSIONS[0],
                     optional=True,
                     tooltip="Several pictures. concat: the layers choose between all of them. average: their mean. one "
-                    "per picture: the first picture of a batch (or frame) gets the first, and so on. add, subtract, norm "
-                    "average, max, min: made into one. one per mask: each acts in its own mask.",
+                    "per picture: the first picture of a batch (or frame) gets the first, and so on. add, subtract, "
+                    "norm average, max, min: made into one. one per mask: each acts in its own mask.",
                 ),
                 io.String.Input(
                     "block_weights",
@@ -330,13 +330,13 @@ class StyleBlockInjector(io.ComfyNode):
                 "at most one for each",
                 "Take the last ones out.",
             )
-        each = [[w] for w in repeat_last(weights, len(groups))] if fusion == BY_MASK and weights else [weights]
+        each = [weights] * len(groups)
+        if fusion == BY_MASK and weights:
+            each = [[w] for w in repeat_last(weights, len(groups))]
         progress, patched, counts = Steps(len(chosen) * len(groups)), model, {}
         over = StepWeights(steps, start_percent, end_percent) if steps else None
         for i, group in enumerate(groups):
-            made = Tokens(
-                ipadapter, used, group, [] if layout is None else [layout], negative, fusion, each[min(i, len(each) - 1)]
-            )
+            made = Tokens(ipadapter, used, group, [] if layout is None else [layout], negative, fusion, each[i])
             dtype = model.model.get_dtype_inference()
             layers = project(ipadapter, chosen, made.keys, scaling, dtype, progress, made.values)
             patched = StyleAttention(layers, masks[i], start_percent, end_percent, over).install(patched)

@@ -40,8 +40,8 @@ class StyleWeights(io.ComfyNode):
                     "timing",
                     options=list(TIMINGS),
                     default=TIMINGS[0],
-                    tooltip="How it goes from one number to the next. custom: the numbers as they are. random: anything "
-                    "between the first and the last.",
+                    tooltip="How it goes from one number to the next. custom: the numbers as they are. random: "
+                    "anything between the first and the last.",
                 ),
                 frames("frames", 16, "How many weights, 2 at least. Not used by custom."),
                 frames("start_frame", 0, "The frame at which the change begins.", **later),

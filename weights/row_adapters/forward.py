@@ -8,8 +8,11 @@ import torch
 
 from .fused import UnknownCall, fused
 from .low_rank import LowRankTerm, Observer
-from .rows import spans
+from .regions import Places
+from .rows import UnknownRows, spans
 from .terms import Term
+
+REPEATED = ".attn2."  # the layers of a UNet's cross-attention, whose rows a patch may repeat
 
 
 class ModelCall:
@@ -24,6 +27,8 @@ class ModelCall:
         acting: The branches with a term that does something in this call.
         called: Where layers note their names, or None.
         observers: Branch → who notes which layers share an input, or None.
+        repeats: Rows of a cross-attention whose rows another node repeats → the branch of each.
+        places: How strong the sources with a region are at each place, or None where there are none.
     """
 
     def __init__(self):
@@ -35,7 +40,10 @@ class ModelCall:
         self.acting: tuple[int, ...] = ()
         self.called: set[str] | None = None
         self.observers: dict[int, Observer] | None = None
-        self._runs: dict[int, tuple] = {}
+        self.repeats: dict[int, tuple[int, ...]] = {}
+        self._copies: dict[int, tuple[int, ...]] = {}  # as `repeats`, the row of the batch of each
+        self.places: Places | None = None
+        self._runs: dict[object, tuple] = {}
 
     def set_rows(
         self, order: tuple[int, ...], batch: int, tiled: bool, strengths: dict[int, tuple], acting: tuple[int, ...]
@@ -43,16 +51,40 @@ class ModelCall:
         """What the next call is made of."""
         self.order, self.batch, self.tiled = order, batch, tiled
         self.strengths, self.acting = strengths, acting
+        self.repeats, self._copies = {}, {}
         self._runs.clear()
 
-    def runs(self, rows: int) -> tuple:
-        """Runs of rows of the acting branches, worked out once for each number of rows."""
-        found = self._runs.get(rows)
+    def repeat(self, places: tuple[int, ...]) -> None:
+        """From now on, in this call: the rows of a cross-attention are copies of these rows of the batch. None: it is
+        not known which they are."""
+        order = tuple(self.order[place * len(self.order) // self.batch] for place in places)
+        known = self.repeats.get(len(order), order)
+        if known != order:
+            raise UnknownRows(len(order), self.batch)  # two layers, as many rows, and not the same ones
+        self.repeats[len(order)] = order
+        self._copies[len(order)] = places
+
+    def strengths_on(self, name: str, branch: int, first: int, rows: int, out: torch.Tensor) -> tuple:
+        """A branch's strengths on a run of rows of a layer; `out` is the layer's output, or a linear layer's input."""
+        if self.places is None:
+            return self.strengths[branch]
+        copies = self._copies.get(out.shape[0]) if REPEATED in name else None
+        return self.places.strengths(name, branch, first, rows, out, self.strengths[branch], copies)
+
+    def runs(self, rows: int, name: str = "") -> tuple:
+        """Runs of rows of the acting branches in one layer, worked out once for each number of rows."""
+        key = (rows, rows in self.repeats and REPEATED in name)
+        found = self._runs.get(key)
         if found is None:
-            found = self._runs[rows] = tuple(
-                run for run in spans(self.order, self.batch, rows, self.tiled) if run[0] in self.acting
-            )
+            found = self._runs[key] = self.fresh_runs(rows, name)
         return found
+
+    def fresh_runs(self, rows: int, name: str = "") -> tuple:
+        """The same, kept nowhere: for a compiled graph."""
+        order, batch = self.order, self.batch
+        if rows in self.repeats and REPEATED in name:
+            order, batch = self.repeats[rows], rows
+        return tuple(run for run in spans(order, batch, rows, self.tiled) if run[0] in self.acting)
 
 
 def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Term]], call: ModelCall) -> Callable:
@@ -72,8 +104,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
 
     def acting(rows: int) -> tuple:
         """Runs of rows in which a term acts."""
-        found = spans(call.order, call.batch, rows, call.tiled)
-        return tuple(run for run in found if run[0] in terms and run[0] in call.acting)
+        return tuple(run for run in call.fresh_runs(rows, name) if run[0] in terms)
 
     def run(x, *args, **kwargs):
         if not call.active:
@@ -90,12 +121,13 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
             x = parts.before(x)
         # Nearly every layer of guidance, in every call but the first.
         if simple and call.called is None and not torch.compiler.is_compiling():
-            runs = call.runs(x.shape[0])
+            runs = call.runs(x.shape[0], name)
             y = forward(x)
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
-                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
+                    strengths = call.strengths_on(name, branch, start, length, y)
+                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), strengths)
             return y if parts is None else parts.after(y)
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
@@ -108,10 +140,12 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         inputs, changed = {}, None
         for branch, start, length in runs:
             rows = x.narrow(0, start, length)
-            before = []
+            before, strengths = [], call.strengths[branch]
+            if any(term.enters_at_places for term in terms[branch]):
+                strengths = call.strengths_on(name, branch, start, length, x)
             for term in reversed(terms[branch]):
                 before.append(rows)
-                rows = term.enter(rows, call.strengths[branch])
+                rows = term.enter(rows, strengths)
             inputs[start] = before[::-1]
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
@@ -120,7 +154,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
-            out, strengths = y.narrow(0, start, length), call.strengths[branch]
+            out, strengths = y.narrow(0, start, length), call.strengths_on(name, branch, start, length, y)
             for term, rows in zip(terms[branch], inputs[start], strict=True):
                 if isinstance(term, LowRankTerm):
                     if watched and call.observers is not None:

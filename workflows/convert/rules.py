@@ -422,13 +422,20 @@ class Conversion:
         changed = True
         while changed:
             changed = False
-            for node in [n for n in self.graph.nodes.values() if n.id in self._dropped]:
+            for node in [n for n in self.graph.nodes.values() if n.id in self._dropped or self._leads_nowhere(n)]:
                 if node.type == "IPAdapterUnifiedLoader" or node.type == "IPAdapterUnifiedLoaderCommunity":
                     if not self.graph.consumers((node.id, 1)):
                         self.graph.rewire((node.id, 0), node.links.get("model"))
                 if not self.graph.is_used(node):
                     self.graph.remove(node)
                     changed = True
+
+    def _leads_nowhere(self, node: Node) -> bool:
+        """A reroute that is not used any more, from something that is dropped."""
+        if node.type != "Reroute" or self.graph.is_used(node):
+            return False
+        source, _ = self._node(next(iter(node.links.values()), None))
+        return source is not None and source.id in self._dropped
 
     def _release_regions(self) -> None:
         """The conditionings of Regional Conditioning through the host's own Set Mask."""

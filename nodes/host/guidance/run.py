@@ -13,13 +13,16 @@ from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
+from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
 from ..lora_patches import find_module
 from ..missing_keys import some
+from ..repeated_rows import tracing
 from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
 from .plan import Plan
+from .regions import RegionalRun
 
 KEY = "styleloom_branches"
 
@@ -50,6 +53,7 @@ class BranchRun:
         self._shared: list[SharedInput] = []
         self._apart = bool(plan.changes)
         self._observed = False
+        self._regions = RegionalRun(plan.regions) if plan.regions.any else None
         self._mixed = False  # the last call of guidance had a batch with both sides
         self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
 
@@ -80,6 +84,8 @@ class BranchRun:
                 self._shared.clear()
                 self._calls.clear()
                 self._changed.clear()
+                if self._regions is not None:
+                    self._regions.forget()
 
     def _tell(self) -> None:
         """What sampling has shown, for the report."""
@@ -114,6 +120,9 @@ class BranchRun:
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
+        model_options = noting(x_in, model_options)
+        if self._regions is not None:
+            model_options = self._regions.told(conds, x_in, model_options)
         if sum(cond is not None for cond in conds) < 2:
             return executor(model, conds, x_in, timestep, model_options)
         self._mixed = False
@@ -142,10 +151,14 @@ class BranchRun:
         call = self._calls.get(id(executor.class_obj))
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+        rows = rows_of(self.sides, options, x.shape[0], given)
+        if rows is None:
+            raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
         strengths = self._strengths(t, options)
-        order = self.sides.of_chunks(options)
-        self._mixed = self._mixed or len(set(order)) > 1
-        if self._plan.changes and len(set(order)) > 1:
+        mixed = len(set(rows.sides)) > 1
+        self._mixed = self._mixed or mixed
+        if self._plan.changes and mixed:
             raise StyleLoomError(
                 "another node runs both sides in one call of the model, and some weights here have to be different for "
                 "each side",
@@ -153,13 +166,17 @@ class BranchRun:
                 "layers",
                 "Leave the other node out, or load the model in fp16, bf16 or fp8.",
             )
+        inner = executor.class_obj.diffusion_model
+        options = tracing(options, inner, call.repeat)
         call.set_rows(
-            order,
+            rows.sides,
             x.shape[0],
-            type(executor.class_obj.diffusion_model).__name__ in TILED,
+            type(inner).__name__ in TILED,
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
+        if self._regions is not None:
+            call.places = self._regions.places(executor.class_obj, x, options, rows, {**given, "context": c_crossattn})
         if not self._observed:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True

@@ -73,7 +73,8 @@ class Tokens:
             needed = empty is not None and self.adapter.feature != "image_embeds"
             other = empty.to(references) if needed else None
         if self.fusion == EACH:
-            counts = {"references": count, "weights": len(weights) or 1, "negatives": 1 if other is None else len(other)}
+            negatives = 1 if other is None else len(other)
+            counts = {"references": count, "weights": len(weights) or 1, "negatives": negatives}
             most = max(counts.values())
             short = [f"{n} {what}" for what, n in counts.items() if 1 < n < most]
             if short or 1 < count < most:

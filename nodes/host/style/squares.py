@@ -43,6 +43,8 @@ def cuts(height: int, width: int, fit: str, position: str = "middle") -> tuple[C
     if fit == CROP and position != "middle" and height != width:
         top = {"top": 0, "bottom": height - side}.get(position, (height - side) // 2)
         left = {"left": 0, "right": width - side}.get(position, (width - side) // 2)
+        if (top, left) == ((height - side) // 2, (width - side) // 2):
+            return whole, [whole]
         return (top, left, side, side), [(top, left, side, side)]
     return whole, [whole]
 
