@@ -57,6 +57,12 @@ class LoadIPAdapter(io.ComfyNode):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
         adapter = recognise(ipadapter_name, comfy.utils.load_torch_file(path, safe_load=True))
         logging.info("StyleLoom: %s is %s", ipadapter_name, adapter.label)
+        if adapter.ignored:
+            logging.warning(
+                "StyleLoom: %s also has what no IP-Adapter of this kind needs, and it is left out: %s",
+                ipadapter_name,
+                ", ".join(adapter.ignored),
+            )
         return io.NodeOutput(adapter)
 
 
@@ -248,7 +254,10 @@ class StyleBlockInjector(io.ComfyNode):
         if not chosen:
             return io.NodeOutput(model)
         pictures = {presets.STYLE: references, presets.LAYOUT: [layout]}
-        tokens = {whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)}
+        empties = [getattr(output, "styleloom_empty", None) for output in (*references, layout)]
+        tokens = {
+            whose: _tokens(ipadapter, pictures[whose], whose, negative, empties, fusion) for whose in sorted(used)
+        }
         counts = {whose: made.shape[1] for whose, made in tokens.items()}
         if fusion == EACH and len({*counts.values()} - {1}) > 1:
             raise StyleLoomError(
@@ -261,14 +270,17 @@ class StyleBlockInjector(io.ComfyNode):
         return io.NodeOutput(StyleAttention(layers, mask, start_percent, end_percent).install(model))
 
 
-def _tokens(adapter: Adapter, outputs: list, name: str, negative, fusion: str):
-    """Tokens of both sides; without a negative, what the encoder sees in an empty picture comes with the encoding."""
+def _tokens(adapter: Adapter, outputs: list, name: str, negative, empties: list, fusion: str):
+    """Tokens of both sides. Without a negative, what the encoder sees in an empty picture stands in for it: it comes
+    with any of the encodings that Encode Style Image made."""
     references = features(adapter, outputs, name)
     if negative is not None:
         other = features(adapter, [negative], "negative")
+    elif adapter.feature == "image_embeds":
+        other = None
     else:
-        empty = next((e for output in outputs if (e := getattr(output, "styleloom_empty", None)) is not None), None)
-        other = empty.to(references) if empty is not None and adapter.feature != "image_embeds" else None
+        found = (empty for empty in empties if empty is not None and empty.shape[1:] == references.shape[1:])
+        other = next((empty.to(references) for empty in found), None)
     made = fuse(adapter, references, other, fusion)
     comfy.model_management.throw_exception_if_processing_interrupted()
     return made
