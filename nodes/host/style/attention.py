@@ -212,10 +212,14 @@ def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
     """(which pictures of the whole batch the rows of a side are, how many there are in all).
 
     The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
+    A window of the host's may have the picture before it in front (`causal_window_fix`): it says itself what it holds.
     """
     window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
-        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
+    if window is not None and getattr(window, "dim", None) == 0:
+        total = getattr(window, "total_frames", 0) or max(window.index_list) + 1
+        shown = window.get_tensor(torch.arange(total)).tolist()
+        if len(shown) == each:
+            return tuple(shown), total
     params = options.get("ad_params") or {}
     if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
         return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
