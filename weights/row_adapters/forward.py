@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .low_rank import LowRankTerm, Observer
-from .rows import spans
+from .rows import UnknownRows, spans
 from .terms import Term
+
+REPEATED = ".attn2."  # the layers of a UNet's cross-attention, whose rows a patch may repeat
 
 
 class ModelCall:
@@ -23,6 +25,7 @@ class ModelCall:
         acting: The branches with a term that does something in this call.
         called: Where layers note their names, or None.
         observers: Branch → who notes which layers share an input, or None.
+        repeats: Rows of a cross-attention whose rows another node repeats → the branch of each.
     """
 
     def __init__(self):
@@ -34,7 +37,8 @@ class ModelCall:
         self.acting: tuple[int, ...] = ()
         self.called: set[str] | None = None
         self.observers: dict[int, Observer] | None = None
-        self._runs: dict[int, tuple] = {}
+        self.repeats: dict[int, tuple[int, ...]] = {}
+        self._runs: dict[object, tuple] = {}
 
     def set_rows(
         self, order: tuple[int, ...], batch: int, tiled: bool, strengths: dict[int, tuple], acting: tuple[int, ...]
@@ -42,16 +46,32 @@ class ModelCall:
         """What the next call is made of."""
         self.order, self.batch, self.tiled = order, batch, tiled
         self.strengths, self.acting = strengths, acting
+        self.repeats = {}
         self._runs.clear()
 
-    def runs(self, rows: int) -> tuple:
-        """Runs of rows of the acting branches, worked out once for each number of rows."""
-        found = self._runs.get(rows)
+    def repeat(self, places: tuple[int, ...]) -> None:
+        """From now on, in this call: the rows of a cross-attention are copies of these rows of the batch. None: it is
+        not known which they are."""
+        order = tuple(self.order[place * len(self.order) // self.batch] for place in places)
+        known = self.repeats.get(len(order), order)
+        if known != order:
+            raise UnknownRows(len(order), self.batch)  # two layers, as many rows, and not the same ones
+        self.repeats[len(order)] = order
+
+    def runs(self, rows: int, name: str = "") -> tuple:
+        """Runs of rows of the acting branches in one layer, worked out once for each number of rows."""
+        key = (rows, rows in self.repeats and REPEATED in name)
+        found = self._runs.get(key)
         if found is None:
-            found = self._runs[rows] = tuple(
-                run for run in spans(self.order, self.batch, rows, self.tiled) if run[0] in self.acting
-            )
+            found = self._runs[key] = self.fresh_runs(rows, name)
         return found
+
+    def fresh_runs(self, rows: int, name: str = "") -> tuple:
+        """The same, kept nowhere: for a compiled graph."""
+        order, batch = self.order, self.batch
+        if rows in self.repeats and REPEATED in name:
+            order, batch = self.repeats[rows], rows
+        return tuple(run for run in spans(order, batch, rows, self.tiled) if run[0] in self.acting)
 
 
 def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Term]], call: ModelCall) -> Callable:
@@ -70,7 +90,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
             return forward(x, *args, **kwargs)
         # Nearly every layer of guidance, in every call but the first.
         if simple and call.called is None and not torch.compiler.is_compiling():
-            runs = call.runs(x.shape[0])
+            runs = call.runs(x.shape[0], name)
             y = forward(x, *args, **kwargs)
             for branch, start, length in runs:
                 term = only.get(branch)
@@ -80,11 +100,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
             call.called.add(name)
-        runs = tuple(
-            run
-            for run in spans(call.order, call.batch, x.shape[0], call.tiled)
-            if run[0] in terms and run[0] in call.acting
-        )
+        runs = tuple(run for run in call.fresh_runs(x.shape[0], name) if run[0] in terms)
         if not runs:
             return forward(x, *args, **kwargs)
 

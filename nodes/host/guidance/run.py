@@ -12,9 +12,11 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_wi
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
+from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..lora_patches import find_module
 from ..missing_keys import some
+from ..repeated_rows import tracing
 from .plan import Plan
 
 KEY = "styleloom_branches"
@@ -90,6 +92,7 @@ class BranchRun:
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
+        model_options = noting(x_in, model_options)
         if not self._apart:
             try:
                 return executor(model, conds, x_in, timestep, model_options)
@@ -114,11 +117,17 @@ class BranchRun:
         call = self._calls.get(id(executor.class_obj))
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+        rows = rows_of(self.sides, options, x.shape[0], given)
+        if rows is None:
+            raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
         strengths = self._strengths(t, options)
+        inner = executor.class_obj.diffusion_model
+        options = tracing(options, inner, call.repeat)
         call.set_rows(
-            self.sides.of_chunks(options),
+            rows.sides,
             x.shape[0],
-            type(executor.class_obj.diffusion_model).__name__ in TILED,
+            type(inner).__name__ in TILED,
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )

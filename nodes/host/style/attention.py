@@ -8,7 +8,7 @@ on, and then hands the UNet a copy of the options in which the chosen layers hav
 * a ControlNet, which runs before, and every layer that is not chosen are left as they are;
 * switched off by the schedule, nothing is there.
 
-Which rows of a batch are the negative side is decided in `batch_sides.py`.
+Which rows of a batch are the negative side is decided in `batch_rows.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
+from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
+from ..batch_rows import Rows, noting, rows_of
 from ..batch_sides import BatchSides
+from ..repeated_rows import KEY as REPEATED
+from ..repeated_rows import tracing
 from .mask_grid import MaskGrid, areas_of, nearest
 from .step_weights import StepWeights
 
@@ -67,8 +71,7 @@ class StyleAttention:
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self.outer_sample)
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, self.sampler_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, self.apply_model)
-        if self.mask is not None:
-            clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self.calc_cond_batch)
+        clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self.calc_cond_batch)
         return clone
 
     # --- wrappers
@@ -92,9 +95,12 @@ class StyleAttention:
         return executor(guider, *args, **kwargs)
 
     def calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
-        """Tells the layers which part of the picture each conditioning sees, for the mask."""
-        options = {**model_options.get("transformer_options", {}), _AREAS: areas_of(conds, tuple(x_in.shape[2:]))}
-        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+        """Has the rows of the batch told apart, and tells the layers which part of the picture each conditioning
+        sees, for the mask."""
+        model_options = noting(x_in, model_options)
+        if self.mask is not None:
+            model_options["transformer_options"][_AREAS] = areas_of(conds, tuple(x_in.shape[2:]))
+        return executor(model, conds, x_in, timestep, model_options)
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
@@ -104,7 +110,11 @@ class StyleAttention:
         if self._is_on(executor.class_obj, t):
             replace = options.get("patches_replace", {})
             attn2 = dict(replace.get("attn2", {}))
-            call = _Call(self, options, len(x))
+            rows = rows_of(
+                self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+            )
+            options = tracing(options, executor.class_obj.diffusion_model)
+            call = _Call(self, options, len(x), _known(rows, len(x), options))
             if self.steps is not None:
                 call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
             for layer in self.layers:
@@ -156,14 +166,15 @@ class StyleAttention:
 class _Call:
     """What all layers of one call of the UNet have in common, worked out once."""
 
-    def __init__(self, style: StyleAttention, options: Mapping, rows: int):
-        self.style = style
+    def __init__(self, style: StyleAttention, options: Mapping, count: int, rows: Rows):
+        self.style, self.count = style, count
         chunks = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(chunks)
-        self.sides = style.sides.of_chunks(options)
-        self.each = rows // len(self.sides)
-        self.frames, total = _frames(options, self.each)
-        self.areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
+        self.sides = rows.sides
+        self.frames, total = _frames(options, count // len(self.sides))
+        self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
+        if not rows.plain:
+            self._needs_plain("Another node lays tiles of the picture into one batch")
         self.factor = 1.0
         for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
             if count not in (1, total):
@@ -171,7 +182,10 @@ class _Call:
 
     def image(self, layer: Layer, q: torch.Tensor, extra_options: dict) -> torch.Tensor:
         """Attention over the image tokens, (rows, n, width), weight and mask applied."""
-        k, v = self.style.rows(layer, self.sides, self.frames, q.device, q.dtype)
+        sides, frames = self.sides, self.frames
+        if q.shape[0] != self.count:
+            sides, frames = self._repeated(q.shape[0], extra_options), (0,)
+        k, v = self.style.rows(layer, sides, frames, q.device, q.dtype)
         # Pictures that share their tokens are one long row of queries: nothing is repeated for them.
         out = optimized_attention(
             q.reshape(len(k), -1, q.shape[2]),
@@ -186,6 +200,41 @@ class _Call:
         if self.style.mask is not None:
             out = out * self.style.mask.rows(q, extra_options, self.areas, self.frames)
         return out
+
+    def _repeated(self, rows: int, extra_options: Mapping) -> tuple[int, ...]:
+        """The side of each row of a layer whose rows another node's patch repeats."""
+        places = extra_options.get(REPEATED) or ()
+        if len(places) != rows:
+            raise _unknown(rows, self.count, extra_options)
+        self._needs_plain("Another node gives each region of the picture rows of its own (Attention Couple)")
+        return tuple(self.sides[place * len(self.sides) // self.count] for place in places)
+
+    def _needs_plain(self, found: str) -> None:
+        """The rows are not the latents alone: which picture or part of it each is cannot be told."""
+        if self.style.mask is not None or self.style.pictures > 1:
+            raise StyleLoomError(
+                f"{found}, and Style Block Injector has "
+                + ("a mask" if self.style.mask is not None else "one style per picture"),
+                "rows of which it is known what they show",
+                "Leave mask of Style Block Injector unconnected and choose the fusion concat or average, or leave the "
+                "other node out.",
+            )
+
+
+def _unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
+    count = len(options.get("cond_or_uncond") or [0])
+    return StyleLoomError(
+        f"a layer has {rows} rows, in a batch of {batch}, for {count} conditionings",
+        "rows of which it is known whether they are the positive or the negative side",
+        "Another node changes the batch (tiles, regional prompts) in a way that does not show whose each row is: give "
+        "the two sides different prompts, or leave that node out.",
+    )
+
+
+def _known(rows: Rows | None, count: int, options: Mapping) -> Rows:
+    if rows is None:
+        raise _unknown(count, count, options)
+    return rows
 
 
 class _Replacement:
@@ -231,10 +280,14 @@ def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
     """(which pictures of the whole batch the rows of a side are, how many there are in all).
 
     The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
+    A window of the host's may have the picture before it in front (`causal_window_fix`): it says itself what it holds.
     """
     window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
-        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
+    if window is not None and getattr(window, "dim", None) == 0:
+        total = getattr(window, "total_frames", 0) or max(window.index_list) + 1
+        shown = window.get_tensor(torch.arange(total)).tolist()
+        if len(shown) == each:
+            return tuple(shown), total
     params = options.get("ad_params") or {}
     if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
         return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
