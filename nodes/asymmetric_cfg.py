@@ -14,6 +14,8 @@ from .host.guidance.schedule_plot import draw, in_words, lanes_of
 from .host.missing_keys import ERROR
 from .types import CATEGORY_GUIDANCE
 
+_LATER = "whether both sides run in one batch shows when sampling begins: where they do not, the log says why"
+
 
 class AsymmetricCFGGuiderNode(io.ComfyNode):
     @classmethod
@@ -34,7 +36,8 @@ class AsymmetricCFGGuiderNode(io.ComfyNode):
     def execute(
         cls, model, positive, cfg, negative=None, preset=AS_WIRED, missing_keys=ERROR, **loras
     ) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
+        guider = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
+        report = f"{guider.report}\n{_LATER}"
         return io.NodeOutput(guider, report, ui=ui.PreviewText(report))
 
 
@@ -148,7 +151,7 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
         missing_keys=ERROR,
         **loras,
     ) -> io.NodeOutput:
-        guider, report = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
+        guider = make_guider(model, positive, negative, cfg, *both_entries(**loras), preset, missing_keys)
 
         def noise(samples: torch.Tensor) -> torch.Tensor:
             if add_noise == "disable":
@@ -167,7 +170,7 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
         )
         samples = sample(guider, noise, latent_image, sampler_name, sigmas, every, seed)
         lanes = lanes_of(guider.plan, guider.model_patcher, sigmas, every)
-        report = "\n".join([report, *in_words(lanes, first)])
+        report = "\n".join([guider.report, *in_words(lanes, first)])
         made = {name: value for name, value in latent_image.items() if name not in RATIOS}
         picture = draw(lanes, sigmas, first, cfg)
         return io.NodeOutput(made | {"samples": samples}, report, picture, ui=ui.PreviewText(report))

@@ -15,7 +15,8 @@ from ...weights.errors import StyleLoomError
 from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.row_adapters.layers import layer_of
-from .missing_keys import ERROR, left_out, placed_keys, some
+from .missing_keys import ERROR, placed_keys, some, without_place
+from .versions import host_versions
 
 
 def _patched(key: str, target):
@@ -108,7 +109,7 @@ def lora_patches(
     """
     name = type(model.model).__name__
     placed = placed_keys(comfy.lora_convert.convert_lora(dict(lora)), host_key_map(model, clip))
-    lines = left_out(placed, name, clip is not None, lora, label, missing)
+    lines = without_place(placed, name, clip is not None, lora, label, missing)
     if notes is not None:
         notes += lines
     converted, key_map = placed.found, placed.key_map
@@ -127,7 +128,7 @@ def lora_patches(
         wrong = [problem for target, adapter in patches.items() if (problem := _misplaced(roots, target, adapter))]
     except UnknownAdapter as found:
         raise StyleLoomError(
-            f"this ComfyUI reads a part of the {label} as {found}",
+            f"this ComfyUI reads a part of the {label} as {found} ({host_versions()})",
             "an adapter that StyleLoom knows",
             "Update StyleLoom, or apply this LoRA with ComfyUI's Load LoRA.",
         ) from found
@@ -148,8 +149,8 @@ def _workable(adapter):
     return adapter if made.keys() == own.keys() else to_host(adapter, made)
 
 
-def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set, list[str]]:
-    """(targets of patches that the host takes and never merges, what of the patches it leaves out in words).
+def passed_over(roots: Iterable[torch.nn.Module], patches: Mapping) -> set:
+    """The targets of patches that the host takes and never merges.
 
     The host loads weights layer by layer, and passes over parameters that a module with layers inside it holds itself
     (a block's `modulation`, a model's tokens)."""
@@ -160,12 +161,18 @@ def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set,
             module = find_module(root, key.rpartition(".")[0])
             if module is not None and any("." in name for name, _ in module.named_parameters()):
                 passed.add(target)
+    return passed
+
+
+def left_out(patches: Mapping) -> list[str]:
+    """What the host's merge leaves out of patches, in words."""
     words = Counter(text for adapter in patches.values() if (text := _left_out(adapter)))
-    lines = [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
-    if passed:
-        names = some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in passed))
-        lines.append(f"{len(passed)} patches have no effect: ComfyUI merges none into parameters like {names}")
-    return passed, lines
+    return [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
+
+
+def parameter_names(targets: Iterable) -> str:
+    """The keys of some targets, for a report."""
+    return some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in targets))
 
 
 def _left_out(adapter) -> str:

@@ -96,7 +96,7 @@ def _beginning(key: str, key_map: Mapping[str, Hashable]) -> str | None:
     return None
 
 
-def left_out(placed: PlacedKeys, model: str, has_clip: bool, lora, label: str, missing: str) -> list[str]:
+def without_place(placed: PlacedKeys, model: str, has_clip: bool, lora, label: str, missing: str) -> list[str]:
     """What is left out, in lines for a report.
 
     Args:

@@ -210,6 +210,21 @@ def test_wan_fun_and_uso(named, host, pack):
     assert ("diffusion_model.single_blocks.37.linear1.weight", (0, 0, 96)) in made and len(made) == 5
 
 
+def test_the_numbers_of_flux_blocks_in_every_spelling(named, host, pack):
+    """The block that LoRA Block Filter takes a name for is the one that the host patches under that name."""
+    flux = module_of(pack, "weights.dit.blocks").FLUX1
+    names = host.comfy.lora.model_lora_keys_unet(named("Flux", depth=19, depth_single_blocks=38).model, {})
+    seen = set()
+    for name, target in names.items():
+        key = target[0] if isinstance(target, tuple) else target
+        kind, _, rest = key.removeprefix("diffusion_model.").partition("_blocks.")
+        due = {"double": 1, "single": 20}.get(kind)
+        due = None if due is None else due + int(rest.split(".")[0])
+        assert flux.block_of(name) == due, name
+        seen.add(due)
+    assert seen == {None, *range(1, 58)}
+
+
 # --- what finds no place
 
 

@@ -222,3 +222,13 @@ def test_the_picture_shows_the_strengths(sample, two, run_node, host):
 def test_a_run_of_no_steps_and_of_no_lora(sample, bench):
     made, report, picture = sample(bench.latent(), start_at_step=9, steps=4)
     assert torch.equal(made, bench.latent()["samples"]) and "by step" not in report and picture.shape[1] > 100
+
+
+def test_a_strength_that_changes_in_every_step_in_words(pack):
+    plot = importlib.import_module(f"{pack.__name__}.nodes.host.guidance.schedule_plot")
+    lane = plot.Lane(0, "positive LoRA 1", [i / 10 for i in range(20)])
+    (line,) = plot.in_words([lane], 4)
+    assert line == ("positive LoRA 1 by step: 5: 0, 6: 0.1, 7: 0.2, 8: 0.3, 9: 0.4, 10: 0.5, 11: 0.6, …, 24: 1.9")
+    assert plot.in_words([plot.Lane(0, "x", [0.5] * 9)], 0) == []
+    many = plot.draw([lane] * 50, torch.linspace(1, 0, 21), 0, 4.0)
+    assert many.shape[1] < 5000 and plot.draw([lane], torch.linspace(1, 0, 1001), 0, 4.0).shape[2] < 4000

@@ -67,7 +67,7 @@ API = {
     "StyleLoomLoadLoRA": (
         "Load LoRA File",
         [("lora_name", "COMBO", REQUIRED)],
-        [("lora", "LORA_MODEL")],
+        [("lora", "LORA_MODEL"), ("trigger_words", "STRING"), ("base_model", "STRING"), ("report", "STRING")],
     ),
     "StyleLoomSaveLoRA": (
         "Save LoRA File",
@@ -81,14 +81,16 @@ API = {
     ),
     "StyleLoomLoRAStack": (
         "LoRA Stack",
-        [("lora", "LORA_MODEL", REQUIRED), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL)],
-        [("stack", "STYLELOOM_LORA_STACK")],
+        [("lora", "LORA_MODEL", OPTIONAL), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL),
+         ("lora_stack", "LORA_STACK", OPTIONAL), ("hooks", "HOOKS", OPTIONAL)],
+        [("stack", "STYLELOOM_LORA_STACK"), ("lora_stack", "LORA_STACK"), ("report", "STRING")],
     ),
     "StyleLoomAsymmetricCFGGuider": (
         "Asymmetric CFG Guider",
         [("model", "MODEL", REQUIRED), ("positive", "CONDITIONING", REQUIRED), ("negative", "CONDITIONING", OPTIONAL),
          ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL), ("cfg", "FLOAT", REQUIRED),
-         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL),
+         ("preset", "COMBO", OPTIONAL)],
         [("guider", "GUIDER"), ("report", "STRING")],
     ),
     "StyleLoomAsymmetricCFGSampler": (
@@ -97,8 +99,9 @@ API = {
          ("latent_image", "LATENT", REQUIRED), ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL),
          ("seed", "INT", REQUIRED), ("steps", "INT", REQUIRED), ("cfg", "FLOAT", REQUIRED),
          ("sampler_name", "COMBO", REQUIRED), ("scheduler", "COMBO", REQUIRED), ("denoise", "FLOAT", REQUIRED),
-         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
-        [("latent", "LATENT"), ("report", "STRING")],
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL),
+         ("preset", "COMBO", OPTIONAL)],
+        [("latent", "LATENT"), ("report", "STRING"), ("schedule", "IMAGE")],
     ),
     "StyleLoomLoadIPAdapter": (
         "Load IP-Adapter",

@@ -8,11 +8,11 @@ from styleloom.weights.lora.made_for import made_for
 
 
 def lora(*layers):
-    """(stem, columns) -> a pair each, of rank 1."""
+    """(stem, columns) or (stem, columns, rows) -> a pair each, of rank 1."""
     made = {}
-    for stem, columns in layers:
+    for stem, columns, *rows in layers:
         made[f"{stem}.lora_down.weight"] = torch.empty(1, columns, device="meta")
-        made[f"{stem}.lora_up.weight"] = torch.empty(8, 1, device="meta")
+        made[f"{stem}.lora_up.weight"] = torch.empty(*(rows or [8]), 1, device="meta")
     return made
 
 
@@ -27,8 +27,8 @@ def lora(*layers):
         ([("transformer.single_transformer_blocks.3.attn.to_q", 3072),
           ("transformer.transformer_blocks.3.attn.to_q", 3072)], "FLUX.1"),
         ([("diffusion_model.single_blocks.7.linear1", 6144)], "FLUX.2"),
-        ([("diffusion_model.single_blocks.7.linear1", 3072), ("diffusion_model.single_blocks.7.linear2", 12288)],
-         "FLUX.2"),
+        ([("diffusion_model.single_blocks.7.linear1", 3072, 27648)], "FLUX.2"),
+        ([("diffusion_model.single_blocks.7.linear1", 3072, 21504)], "FLUX.1"),
         ([("transformer.single_transformer_blocks.3.attn.to_qkv_mlp_proj", 3072)], "FLUX.2"),
         ([("diffusion_model.double_blocks.19.img_attn_qkv", 3072)], "HunyuanVideo"),
         ([("diffusion_model.layers.3.attention.to_q", 3840)], "Z-Image"),

@@ -18,12 +18,12 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     ("HiDream", r"(?:double|single)_stream_blocks_\d+_block_"),
     ("AuraFlow", r"joint_transformer_blocks_|double_layers_|single_layers_"),
     ("Hunyuan DiT", r"blocks_\d+_attn\d_(?:Wqkv|q_proj|kv_proj|out_proj)"),
-    ("Double and single", r"(?:double|single)_blocks_\d|single_transformer_blocks_|(?:double|single)_stream_modulation"),
+    ("Double and single", r"(?:double|single)_blocks_\d|single_transformer_blocks_|\w+_stream_modulation"),
     ("SD3", r"joint_blocks_|transformer_blocks_\d+_(?:ff_context|norm1_context)"),
     ("Qwen-Image", r"transformer_blocks_\d+_(?:img_mlp|txt_mlp|img_mod|txt_mod)"),
     ("LTX-Video", r"transformer_blocks_\d+_(?:audio_|video_)|patchify_proj"),
     ("Z-Image", r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)"),
-    ("Cosmos or Anima", r"blocks_\d+_(?:self_attn|cross_attn)_(?:[qkv]_proj|output_proj)|blocks_\d+_adaln_|llm_adapter"),
+    ("Cosmos or Anima", r"blocks_\d+_(?:(?:self_attn|cross_attn)_(?:[qkv]_proj|output_proj)|adaln_)|llm_adapter"),
     ("Wan", r"(?:vace_)?blocks_\d+_(?:self_attn|cross_attn|ffn|modulation)"),
     ("Two streams", r"transformer_blocks_\d+_attn_"),
     ("One stream", r"transformer_blocks_\d+_(?:attn\d|ff)_"),
@@ -37,18 +37,20 @@ def made_for(lora: Mapping[str, Any]) -> str:
     Args:
         lora: Keys of a LoRA in any spelling, with their tensors; what is no tensor counts as of unknown size.
     """
-    widths: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
     for key, tensor in lora.items():
         found = key_part(key) if isinstance(key, str) else None
         if found is None:
             continue
         stem, part = found
         shape = tuple(getattr(tensor, "shape", ()))
-        widths.setdefault(stem, 0)
+        size = sizes.setdefault(stem, [0, 0])
         if part == "down" and len(shape) >= 2:
-            widths[stem] = shape[1]
-    text = [stem for stem in widths if is_text_key(stem)]
-    layers = {_flat(stem): (stem, width) for stem, width in widths.items() if stem not in text}
+            size[0] = shape[1]
+        if part == "up" and len(shape) >= 2:
+            size[1] = shape[0]
+    text = {stem for stem in sizes if is_text_key(stem)}
+    layers = {_flat(stem): (stem, *size) for stem, size in sizes.items() if stem not in text}
     if not layers:
         return "a text encoder" if text else ""
     for name, pattern in _FAMILIES:
@@ -65,9 +67,9 @@ def _numbers(layers, pattern: str) -> list[int]:
     return [int(match[1]) for flat in layers if (match := re.search(pattern, flat))]
 
 
-def _width(layers, pattern: str) -> int:
-    """Of the inputs of the first such layer, 0 where it is not known."""
-    return next((width for flat, (_, width) in layers.items() if width and re.search(pattern, flat)), 0)
+def _width(layers, pattern: str, of: int = 1) -> int:
+    """Of the inputs (1) or the outputs (2) of the first such layer, 0 where it is not known."""
+    return next((layer[of] for flat, layer in layers.items() if layer[of] and re.search(pattern, flat)), 0)
 
 
 def _unet(layers) -> str:
@@ -76,15 +78,16 @@ def _unet(layers) -> str:
     found = by_text.get(_width(layers, r"attn2_(?:processor_)?to_[kv]$"))
     if found:
         return found
-    return "SDXL" if looks_like_sdxl(stem for stem, _ in layers.values()) else "SD1.5 or SD2"
+    return "SDXL" if looks_like_sdxl(stem for stem, *_ in layers.values()) else "SD1.5 or SD2"
 
 
 def _double_and_single(layers) -> str:
     if any("to_qkv_mlp_proj" in flat or "stream_modulation" in flat for flat in layers):
         return "FLUX.2"
     width = _width(layers, r"single_blocks_\d+_linear1$|double_blocks_\d+_(?:img|txt)_attn_(?:qkv|q|k|v)$")
-    out = _width(layers, r"single_blocks_\d+_linear2$")
-    if width in (4096, 6144) or (width and out == 4 * width):  # FLUX.2's attention and its half of a gated MLP of 3
+    # Attention and an MLP side by side: 3 + 4 widths in FLUX.1, 3 + 6 in FLUX.2, whose MLP is gated.
+    fused = _width(layers, r"single_blocks_\d+_linear1$"), _width(layers, r"single_blocks_\d+_linear1$", 2)
+    if width in (4096, 6144) or (fused[0] and fused[1] == 9 * fused[0]):
         return "FLUX.2"
     doubles = _numbers(layers, r"double_blocks_(\d+)_")
     singles = _numbers(layers, r"single_(?:transformer_)?blocks_(\d+)_")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .fused import UnknownCall, fused
 from .low_rank import LowRankTerm, Observer
 from .rows import UnknownRows, spans
 from .terms import Term
@@ -80,32 +81,47 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
     Args:
         name: Of the layer, for `call.called`.
         terms: Branch → its terms, in the order in which their patches would be merged.
+
+    Raises (from the forward that is returned):
+        UnknownRows: see `rows.spans`.
+        UnknownCall: something besides the input that `fused` does not know, in a call in which a term acts.
     """
 
     only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRankTerm)}
     simple = len(only) == len(terms)
 
+    def acting(rows: int) -> tuple:
+        """Runs of rows in which a term acts."""
+        return tuple(run for run in call.fresh_runs(rows, name) if run[0] in terms)
+
     def run(x, *args, **kwargs):
         if not call.active:
             return forward(x, *args, **kwargs)
+        parts = None
+        if args or kwargs:  # more than the input: where nothing acts, that is the layer's own business
+            if call.called is not None and not torch.compiler.is_compiling():
+                call.called.add(name)
+            if not acting(x.shape[0]):
+                return forward(x, *args, **kwargs)
+            if args:
+                raise UnknownCall(name, f"{len(args)} positional arguments besides the input")
+            parts = fused(name, kwargs)
+            x = parts.before(x)
         # Nearly every layer of guidance, in every call but the first.
         if simple and call.called is None and not torch.compiler.is_compiling():
             runs = call.runs(x.shape[0], name)
-            y = forward(x, *args, **kwargs)
+            y = forward(x)
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
                     term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
-            return y
+            return y if parts is None else parts.after(y)
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
             call.called.add(name)
-        runs = tuple(run for run in call.fresh_runs(x.shape[0], name) if run[0] in terms)
+        runs = acting(x.shape[0])
         if not runs:
-            return forward(x, *args, **kwargs)
-
-        def base(value):
-            return forward(value, *args, **kwargs)
+            return forward(x)
 
         # What changes the input does so from the last term to the first: the last was merged last.
         inputs, changed = {}, None
@@ -119,7 +135,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
                 changed.narrow(0, start, length).copy_(rows)
-        y = base(x if changed is None else changed)
+        y = forward(x if changed is None else changed)
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
@@ -130,8 +146,8 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
                         call.observers[branch].see(term, x)
                     term.add(x if changed is None else None, rows, out, strengths)
                 else:
-                    term.leave(rows, out, strengths, base)
-        return y
+                    term.leave(rows, out, strengths, forward)
+        return y if parts is None else parts.after(y)
 
     return run
 
@@ -156,6 +172,18 @@ class LayersWithTerms:
             made = forward_with_terms(name, module.forward, terms, self._call)
             self._changed.append((module, made, before))
             module.forward = made
+
+    def wanted(self) -> dict[torch.nn.Module, Callable[[], bool]]:
+        """Each layer → whether it has to be called in the call of the model that is running, instead of being computed
+        together with its neighbours: a term may act, or it is noted which layers are called."""
+        call = self._call
+
+        def asked(branches):
+            return lambda: call.active and (
+                call.called is not None or any(each in call.acting and each in call.order for each in branches)
+            )
+
+        return {self._find(name): asked(tuple(terms)) for name, terms in self._terms.items()}
 
     def take_out(self) -> None:
         for module, made, before in self._changed:

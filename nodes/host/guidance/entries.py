@@ -25,7 +25,7 @@ def entries_of(lora, strength: float, start_percent: float, end_percent: float, 
             "Swap the two, or set the strength to 0 to leave the LoRA out.",
         )
     if isinstance(lora, dict):
-        lora = (BranchLoRA(lora),)
+        lora = (BranchLoRA(lora, name=getattr(lora, "source", "")),)
     if not isinstance(lora, tuple) or not all(isinstance(entry, BranchLoRA) for entry in lora):
         raise StyleLoomError(
             f"{name} is a {type(lora).__name__}",
@@ -36,6 +36,7 @@ def entries_of(lora, strength: float, start_percent: float, end_percent: float, 
         dataclasses.replace(
             entry,
             strength=entry.strength * strength,
+            strength_clip=None if entry.strength_clip is None else entry.strength_clip * strength,
             start_percent=max(entry.start_percent, start_percent),
             end_percent=min(entry.end_percent, end_percent),
         )

@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ..batch_sides import side_of_list
 from ..row_terms import carry
 from .plan import Plan
-from .run import KEY, BranchRun, NormsNotRun
+from .run import KEY, BranchRun, LayersNotRun
 
 
 class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
@@ -32,6 +32,11 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         self.all_sigmas = None
         carry(self.model_patcher, KEY, plan.holder())
 
+    @property
+    def report(self) -> str:
+        """What was made of the LoRAs; after sampling, also what has shown there."""
+        return "\n".join(self.plan.report)
+
     def set_conds(self, positive, negative):
         """positive, negative: CONDITIONING; negative may be None, as with cfg 1."""
         self._given = (positive, negative)
@@ -48,14 +53,18 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         given = (noise, latent_image, sampler, sigmas, *args)
         try:
             return super().sample(*given, **kwargs)
-        except NormsNotRun as found:  # known after the first pass, before the first step is done
-            self.plan.hook_norms(found.names)
+        except LayersNotRun as found:  # known after the first pass, before the first step is done
+            self.plan.hook_layers(found.names)
             self.set_conds(*self._given)
             return super().sample(*given, **kwargs)
 
     def inner_sample(self, *args, **kwargs):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
+        self.model_options["transformer_options"] = {
+            **self.model_options.get("transformer_options", {}),
+            **self.plan.options,
+        }
         run = BranchRun(self.plan)
         run.sides.given(self.conds)
 

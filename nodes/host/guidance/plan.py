@@ -20,8 +20,10 @@ from ....weights.lora.files import check_finite
 from ....weights.lora.names import is_text_key
 from .adapter_terms import NoTerm, Place, term_of
 from .schedule import BranchLoRA, Schedule
-from ..lora_patches import find_module, lora_patches, not_merged
+from ..fused_layers import is_quantised, may_be_fused
+from ..lora_patches import find_module, left_out, lora_patches, passed_over
 from ..missing_keys import ERROR, some
+from ..prefix_cache import without_prefix_cache
 from ..row_terms import computed_in, parts_of
 
 NAMES = {POSITIVE: "positive", NEGATIVE: "negative"}
@@ -37,7 +39,12 @@ class Plan:
         schedules: Branch → one schedule for each of its LoRAs; a term's `source` counts them.
         strengths: Branch → their strengths.
         loras: Branch → the LoRAs that act, as they were given.
-        norms: Layer's name → (branch, source, target, patch) of the norms among the terms; see `hook_norms`.
+        patches: Layer's name → (branch, source, target, patch), for layers that the host may compute without calling
+            them; see `hook_layers`.
+        norms: Those among them that are norms.
+        quantised: The model has quantised layers, with which the host's weight hooks stop.
+        changes: A weight's key → (branch, source, target, patch): what takes the place of `hooks` then.
+        options: What the run adds to `transformer_options`.
         report: What was made of what, in lines.
     """
 
@@ -46,8 +53,17 @@ class Plan:
     schedules: dict[int, list[Schedule]]
     strengths: dict[int, list[float]]
     report: list[str]
-    norms: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    patches: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    norms: set[str] = dataclasses.field(default_factory=set)
+    quantised: bool = False
+    changes: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
+    options: dict[str, dict] = dataclasses.field(default_factory=dict)
     loras: dict[int, list[BranchLoRA]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def acts(self) -> bool:
+        """Anything is different from side to side, or from step to step."""
+        return bool(self.terms or self.changes or any(self.hooks.values()))
 
     def of_steps(self, sigmas: torch.Tensor) -> None:
         """Tell the schedules the sigmas of all steps, and where the last one ends."""
@@ -55,17 +71,46 @@ class Plan:
             for schedule in schedules:
                 schedule.of_steps(sigmas)
 
-    def hook_norms(self, names: Iterable[str]) -> None:
-        """Hand norms over to the host's weight hooks: those that attention computes itself, fused with the rotary
-        embedding, without calling the layer."""
+    def tell(self, line: str, level: int = logging.WARNING) -> None:
+        """A line for the report, once, and for the log: sampling has shown it, and a guider's report is out by then."""
+        if line not in self.report:
+            self.report.append(line)
+            logging.log(level, "StyleLoom: Asymmetric CFG: %s", line.strip())
+
+    def hook_layers(self, names: Iterable[str]) -> None:
+        """Hand layers over to the host's weight hooks that are computed without being called: norms that attention
+        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them."""
+        names = list(names)
         for name in names:
             del self.terms[name]
-            for branch, source, target, patch in self.norms.pop(name):
+            for branch, source, target, patch in self.patches.pop(name):
                 self.hook(branch, source, {target: patch})
-        self.report.append("  norms that attention computes itself go through ComfyUI's weight hooks")
+        if self.norms.intersection(names):
+            self.tell(f"  norms that attention computes itself go through {self.otherwise}", logging.INFO)
+        layers = [name for name in names if name not in self.norms]
+        if layers:
+            self.tell(
+                f"  {len(layers)} layers that the model computes without calling them go through {self.otherwise}: "
+                f"{some(layers)}"
+            )
+
+    @property
+    def otherwise(self) -> str:
+        """What is done for patches that have no term."""
+        return (
+            "weights that are changed at each use, with the branches one after the other"
+            if self.quantised
+            else "ComfyUI's weight hooks, which run the branches one after the other and patch these weights in every "
+            "step"
+        )
 
     def hook(self, branch: int, source: int, patches: dict) -> None:
-        """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do."""
+        """The host's own way for patches that it shall merge: by conditioning, as its LoRA hooks do. See
+        `changed_weights` for models on which that stops."""
+        if self.quantised:
+            for target, patch in patches.items():
+                self.changes.setdefault(parts_of(target)[0], []).append((branch, source, target, patch))
+            return
         hook = comfy.hooks.WeightHook(strength_model=self.strengths[branch][source], strength_clip=0.0)
         hook.weights, hook.weights_clip = patches, {}
         hook.need_weight_init = False
@@ -91,7 +136,7 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
     Raises:
         StyleLoomError: a LoRA for another architecture or of another size, NaN, incomplete patches.
     """
-    plan = Plan({}, {}, {}, {}, [])
+    plan = Plan({}, {}, {}, {}, [], quantised=any(map(is_quantised, model.model.modules())))
     dtype = computed_in(model)
     for branch, entries in branches.items():
         acting = [entry for entry in entries if entry.acts]
@@ -112,21 +157,25 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
             )
         if not acting:
             plan.report.append(f"{NAMES[branch]}: the model as it is")
+    if plan.acts:
+        plan.options = without_prefix_cache(model.model.diffusion_model)
+    if plan.options:
+        plan.report.append("the model's cache of prompt and references is off in this run: it knows nothing of LoRAs")
     return plan
 
 
 def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict, missing: str) -> None:
     label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
-    patches, left_out, text = _patches_of(model, entry, label, missing)
-    idle, notes = not_merged([model.model], patches)
+    patches, missed, text = _patches_of(model, entry, label, missing)
+    whole = passed_over([model.model], patches)
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
-        if target in idle:
-            continue
         key, part, swap = parts_of(target)
         name, _, parameter = key.rpartition(".")
         layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
         try:
+            if target in whole:
+                raise NoTerm("a parameter beside the layers")
             term = term_of(adapter, Place(key, parameter, layer, source, part, swap, dtype))
             if isinstance(term, OutputTransform) and layer.bias and _quantised(model, name):
                 raise NoTerm(f"{adapter.name} on a quantised layer with a bias")
@@ -137,7 +186,9 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         kinds["LoRA" if isinstance(term, LowRank) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
         pending.setdefault(name, []).append((term, source) if isinstance(term, LowRank) else term)
         if layer.kind == "norm":
-            plan.norms.setdefault(name, []).append((branch, source, target, adapter))
+            plan.norms.add(name)
+        if layer.kind == "norm" or may_be_fused(find_module(model.model, name)):
+            plan.patches.setdefault(name, []).append((branch, source, target, adapter))
 
     made = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     plan.report.append(
@@ -151,12 +202,12 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
     )
     if left:
         plan.report.append(
-            f"  {len(left)} through ComfyUI's weight hooks, which run the branches one after the other and patch these "
-            f"weights in every step: {', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
+            f"  {len(left)} through {plan.otherwise}: "
+            f"{', '.join(f'{count} x {reason}' for reason, count in why.items())}; "
             f"{some(parts_of(target)[0] for target in left)}"
         )
         plan.hook(branch, source, left)
-    plan.report += [f"  {line}" for line in left_out + notes]
+    plan.report += [f"  {line}" for line in missed + left_out(patches)]
     if text:
         plan.report.append(
             f"  {len(text)} keys are for a text encoder, which a sampler cannot change any more: apply this LoRA to "
@@ -179,11 +230,11 @@ def _patches_of(model, entry: BranchLoRA, label: str, missing: str) -> tuple[Map
             "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
         )
     check_finite(lora, f"the {label}")
-    left_out: list[str] = []
-    patches = lora_patches(model, None, lora, label, missing, left_out)
-    for line in left_out:
+    missed: list[str] = []
+    patches = lora_patches(model, None, lora, label, missing, missed)
+    for line in missed:
         logging.warning("StyleLoom: Asymmetric CFG: %s", line)
-    return patches, left_out, text
+    return patches, missed, text
 
 
 def _quantised(model, name: str) -> bool:

@@ -26,7 +26,7 @@ RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 def make_guider(
     model, positive, negative, cfg, positive_entries: Entries, negative_entries: Entries, preset=AS_WIRED, missing=ERROR
 ):
-    """(GUIDER, report). `negative` may be None with cfg 1 only."""
+    """GUIDER, with its `report`. `negative` may be None with cfg 1 only."""
     sides = arranged(preset, positive_entries, negative_entries, cfg)
     if negative is None and (cfg != 1 or sides.negative):
         raise StyleLoomError(
@@ -48,9 +48,8 @@ def make_guider(
     guider = AsymmetricCFGGuider(model, plan)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    report = "\n".join(plan.report)
-    logging.info("StyleLoom: Asymmetric CFG:\n%s", report)
-    return guider, report
+    logging.info("StyleLoom: Asymmetric CFG:\n%s", guider.report)
+    return guider
 
 
 def sigmas_of(model, steps, sampler_name, scheduler, denoise, start, end, leftover):

@@ -16,6 +16,7 @@ from .schedule import strengths_by_step
 _INK, _FAINT, _PAPER, _NONE = (32, 36, 48), (120, 126, 140), (250, 250, 248), (228, 228, 226)
 _COLOURS = {POSITIVE: (40, 90, 160), NEGATIVE: (190, 90, 30)}  # apart in brightness, too
 _LEFT, _TOP, _HIGH, _GAP, _MOST = 24, 84, 56, 44, 40
+_MOST_RUNS = 8  # of one strength in a line of words
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def lanes_of(plan: Plan, model, sigmas: torch.Tensor, every: torch.Tensor) -> li
 
 
 def in_words(lanes: list[Lane], first: int) -> list[str]:
-    """One line a LoRA whose strength changes: `1 to 14: 0, 15 to 50: 0.8`. first: number of the first step that runs,
+    """One line a LoRA whose strength changes: `1 to 14: 0, 15 to 50: 0.8`; where it changes often, the first changes
+    and the last. first: number of the first step that runs,
     counted from 0."""
     lines = []
     for lane in lanes:
@@ -53,6 +55,8 @@ def in_words(lanes: list[Lane], first: int) -> list[str]:
             last = at + len(list(run)) - 1
             runs.append(f"{at} to {last}: {strength}" if last > at else f"{at}: {strength}")
             at = last + 1
+        if len(runs) > _MOST_RUNS:
+            runs = [*runs[: _MOST_RUNS - 1], "…", runs[-1]]
         if len(runs) > 1:
             lines.append(f"{lane.title} by step: {', '.join(runs)}")
     return lines

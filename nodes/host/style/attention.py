@@ -173,9 +173,9 @@ class _Call:
         self.sides = rows.sides
         self.frames, total = _frames(options, count // len(self.sides))
         self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
+        self.factor = 1.0
         if not rows.plain:
             self._needs_plain("Another node lays tiles of the picture into one batch")
-        self.factor = 1.0
         for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
             if count not in (1, total):
                 style.tell(name, count, total)
