@@ -7,7 +7,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from .guidance_inputs import REPORT, both_entries, guidance_inputs, last_inputs
+from .guidance_inputs import REPORT, both_entries, guidance_inputs, last_inputs, mask_inputs
 from .host.guidance.presets import AS_WIRED
 from .host.guidance.sampling import RATIOS, make_guider, sample, sigmas_of
 from .host.guidance.schedule_plot import draw, in_words, lanes_of
@@ -28,7 +28,7 @@ class AsymmetricCFGGuiderNode(io.ComfyNode):
             description="Guidance with one LoRA on the positive side and another, or none, on the negative side, both "
             "computed in one pass. For SamplerCustomAdvanced.",
             search_aliases=["cfg guider", "lora guidance", "i2l", "negative lora"],
-            inputs=[*sockets, cfg, *loras, *last_inputs()],
+            inputs=[*sockets, cfg, *loras, *last_inputs(), *mask_inputs()],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."), REPORT],
         )
 
@@ -120,6 +120,7 @@ class AsymmetricCFGSamplerNode(io.ComfyNode):
                     tooltip="enable: when stopping early, keep the noise that is left, for a sampler after this one.",
                 ),
                 *last_inputs(),
+                *mask_inputs(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),

@@ -68,6 +68,20 @@ def guidance_inputs() -> tuple[list, list, list]:
     return sockets, cfg, loras
 
 
+def mask_inputs() -> list:
+    """The masks of both sides; to be appended last, so that the inputs of saved workflows keep their places."""
+    return [
+        io.Mask.Input(
+            f"{side}_mask",
+            optional=True,
+            advanced=True,
+            tooltip=f"The {side} LoRAs act where this mask is white, in the same pass; it multiplies with the masks of "
+            "LoRA Stack.",
+        )
+        for side in ("positive", "negative")
+    ]
+
+
 def both_entries(
     positive_lora=None,
     negative_lora=None,
@@ -77,11 +91,28 @@ def both_entries(
     positive_end_percent=1.0,
     negative_start_percent=0.0,
     negative_end_percent=1.0,
+    positive_mask=None,
+    negative_mask=None,
 ) -> tuple[Entries, Entries]:
-    return (
-        entries_of(positive_lora, positive_strength, positive_start_percent, positive_end_percent, "positive_lora"),
-        entries_of(negative_lora, negative_strength, negative_start_percent, negative_end_percent, "negative_lora"),
+    positive = entries_of(
+        positive_lora,
+        positive_strength,
+        positive_start_percent,
+        positive_end_percent,
+        "positive_lora",
+        positive_mask,
+        "positive_mask",
     )
+    negative = entries_of(
+        negative_lora,
+        negative_strength,
+        negative_start_percent,
+        negative_end_percent,
+        "negative_lora",
+        negative_mask,
+        "negative_mask",
+    )
+    return positive, negative
 
 
 def last_inputs() -> list:

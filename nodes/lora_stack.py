@@ -21,9 +21,16 @@ class LoRAStackNode(io.ComfyNode):
             node_id="StyleLoomLoRAStack",
             display_name="LoRA Stack",
             category=CATEGORY_LORA,
-            description="Several LoRAs for one side of guidance, each with its own strength and its own part of "
-            "sampling. Chain one node per LoRA.",
-            search_aliases=["multiple loras", "chain lora", "lora schedule", "lora stacker"],
+            description="Several LoRAs for one side of guidance, each with its own strength, its own part of sampling "
+            "and its own region of the picture. Chain one node per LoRA.",
+            search_aliases=[
+                "multiple loras",
+                "chain lora",
+                "lora schedule",
+                "lora stacker",
+                "regional lora",
+                "lora mask",
+            ],
             inputs=[
                 LoRA.Input(
                     "lora",
@@ -57,6 +64,22 @@ class LoRAStackNode(io.ComfyNode):
                     optional=True,
                     tooltip="LoRAs from ComfyUI's Create Hook LoRA, with their strengths and keyframes.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The LoRA acts where this mask is white, with soft edges, in the same pass as all others. "
+                    "One mask for all pictures, or one for each picture or frame. Left out: everywhere.",
+                ),
+                io.Combo.Input(
+                    "text_tokens",
+                    options=["none", "whole"],
+                    default="none",
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a mask: what the layers get that have no place in the picture (text, reference "
+                    "pictures, time). none: nothing of this LoRA, so it stays in its region. whole: all of it, which "
+                    "is stronger and shows outside as well.",
+                ),
             ],
             outputs=[
                 LoRAStack.Output(
@@ -86,10 +109,14 @@ class LoRAStackNode(io.ComfyNode):
         keyframes=None,
         lora_stack=None,
         hooks=None,
+        mask=None,
+        text_tokens="none",
     ) -> io.NodeOutput:
         made: Entries = ()
         for given, name in ((from_tuples(lora_stack), "lora_stack"), (from_hooks(hooks), "hooks"), (lora, "lora")):
-            made += entries_of(given, strength, start_percent, end_percent, name)
+            made += entries_of(given, strength, start_percent, end_percent, name, mask)
+        if mask is not None:
+            made = tuple(dataclasses.replace(entry, text_tokens=text_tokens) for entry in made)
         whole = (*stack, *(_with_keyframes(entry, keyframes) for entry in made))
         tuples, why = to_tuples(whole)
         report = "\n".join([*_lines(whole), *([f"lora_stack cannot be used: {why}."] if why else [])])
@@ -118,6 +145,8 @@ def _lines(entries: Entries) -> list[str]:
             line += f", {entry.start_percent:g} to {entry.end_percent:g} of sampling"
         if entry.keyframes is not None:
             line += ", with keyframes"
+        if entry.masks:
+            line += ", in the region of its mask"
         if entry.strength_clip is not None:
             line += f" ({entry.strength_clip:g} for a text encoder, which a sampler cannot change any more)"
         lines.append(line)

@@ -25,6 +25,7 @@ _TOO_MUCH = {
     "start_percent": "a start_percent",
     "end_percent": "an end_percent",
     "keyframes": "keyframes",
+    "masks": "a mask",
 }
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(BranchLoRA) if field.name not in _SAID}
 

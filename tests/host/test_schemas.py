@@ -82,7 +82,7 @@ API = {
     "StyleLoomLoRAStack": (
         "LoRA Stack",
         [("lora", "LORA_MODEL", OPTIONAL), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL),
-         ("lora_stack", "LORA_STACK", OPTIONAL), ("hooks", "HOOKS", OPTIONAL)],
+         ("lora_stack", "LORA_STACK", OPTIONAL), ("hooks", "HOOKS", OPTIONAL), ("mask", "MASK", OPTIONAL)],
         [("stack", "STYLELOOM_LORA_STACK"), ("lora_stack", "LORA_STACK"), ("report", "STRING")],
     ),
     "StyleLoomAsymmetricCFGGuider": (

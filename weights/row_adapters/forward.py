@@ -8,6 +8,7 @@ import torch
 
 from .fused import UnknownCall, fused
 from .low_rank import LowRankTerm, Observer
+from .regions import Places
 from .rows import UnknownRows, spans
 from .terms import Term
 
@@ -27,6 +28,7 @@ class ModelCall:
         called: Where layers note their names, or None.
         observers: Branch → who notes which layers share an input, or None.
         repeats: Rows of a cross-attention whose rows another node repeats → the branch of each.
+        places: How strong the sources with a region are at each place, or None where there are none.
     """
 
     def __init__(self):
@@ -39,6 +41,8 @@ class ModelCall:
         self.called: set[str] | None = None
         self.observers: dict[int, Observer] | None = None
         self.repeats: dict[int, tuple[int, ...]] = {}
+        self._copies: dict[int, tuple[int, ...]] = {}  # as `repeats`, the row of the batch of each
+        self.places: Places | None = None
         self._runs: dict[object, tuple] = {}
 
     def set_rows(
@@ -47,7 +51,7 @@ class ModelCall:
         """What the next call is made of."""
         self.order, self.batch, self.tiled = order, batch, tiled
         self.strengths, self.acting = strengths, acting
-        self.repeats = {}
+        self.repeats, self._copies = {}, {}
         self._runs.clear()
 
     def repeat(self, places: tuple[int, ...]) -> None:
@@ -58,6 +62,14 @@ class ModelCall:
         if known != order:
             raise UnknownRows(len(order), self.batch)  # two layers, as many rows, and not the same ones
         self.repeats[len(order)] = order
+        self._copies[len(order)] = places
+
+    def strengths_on(self, name: str, branch: int, first: int, rows: int, out: torch.Tensor) -> tuple:
+        """A branch's strengths on a run of rows of a layer; `out` is the layer's output, or a linear layer's input."""
+        if self.places is None:
+            return self.strengths[branch]
+        copies = self._copies.get(out.shape[0]) if REPEATED in name else None
+        return self.places.strengths(name, branch, first, rows, out, self.strengths[branch], copies)
 
     def runs(self, rows: int, name: str = "") -> tuple:
         """Runs of rows of the acting branches in one layer, worked out once for each number of rows."""
@@ -114,7 +126,8 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
-                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
+                    strengths = call.strengths_on(name, branch, start, length, y)
+                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), strengths)
             return y if parts is None else parts.after(y)
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
@@ -127,10 +140,12 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         inputs, changed = {}, None
         for branch, start, length in runs:
             rows = x.narrow(0, start, length)
-            before = []
+            before, strengths = [], call.strengths[branch]
+            if any(term.enters_at_places for term in terms[branch]):
+                strengths = call.strengths_on(name, branch, start, length, x)
             for term in reversed(terms[branch]):
                 before.append(rows)
-                rows = term.enter(rows, call.strengths[branch])
+                rows = term.enter(rows, strengths)
             inputs[start] = before[::-1]
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
@@ -139,7 +154,7 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
-            out, strengths = y.narrow(0, start, length), call.strengths[branch]
+            out, strengths = y.narrow(0, start, length), call.strengths_on(name, branch, start, length, y)
             for term, rows in zip(terms[branch], inputs[start], strict=True):
                 if isinstance(term, LowRankTerm):
                     if watched and call.observers is not None:

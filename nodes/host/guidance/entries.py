@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 from ....weights.errors import StyleLoomError
+from .regions import checked_masks
 from .schedule import BranchLoRA
 
 Entries = tuple[BranchLoRA, ...]
 
 
-def entries_of(lora, strength: float, start_percent: float, end_percent: float, name: str) -> Entries:
-    """A LORA_MODEL or a stack, as the LoRAs of one branch: strengths multiply, windows intersect.
+def entries_of(
+    lora, strength: float, start_percent: float, end_percent: float, name: str, mask=None, mask_name: str = "mask"
+) -> Entries:
+    """A LORA_MODEL or a stack, as the LoRAs of one branch: strengths and masks multiply, windows intersect.
 
     Raises:
-        StyleLoomError: the window is empty, or the input is neither.
+        StyleLoomError: the window is empty, the input is neither, the mask is none.
     """
+    masks = checked_masks(mask, mask_name)
     if lora is None:
         return ()
     if start_percent >= end_percent:
@@ -39,6 +43,7 @@ def entries_of(lora, strength: float, start_percent: float, end_percent: float, 
             strength_clip=None if entry.strength_clip is None else entry.strength_clip * strength,
             start_percent=max(entry.start_percent, start_percent),
             end_percent=min(entry.end_percent, end_percent),
+            masks=(*entry.masks, *masks),
         )
         for entry in lora
     )

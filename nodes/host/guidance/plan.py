@@ -13,12 +13,15 @@ import torch
 from ....weights.row_adapters.layers import layer_of
 from ....weights.lora.low_rank import LowRank
 from ....weights.row_adapters.low_rank import LowRankTerm
+from ....weights.row_adapters.regional import RegionalLowRank
+from ....weights.row_adapters.regions import Region
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
 from ....weights.row_adapters.terms import OutputTransform, Term
 from ....weights.errors import StyleLoomError
 from ....weights.lora.files import check_finite
 from ....weights.lora.names import is_text_key
 from .adapter_terms import NoTerm, Place, term_of
+from .regions import PlannedRegions, no_region
 from .schedule import BranchLoRA, Schedule
 from ..fused_layers import is_quantised, may_be_fused
 from ..lora_patches import find_module, left_out, lora_patches, passed_over
@@ -46,6 +49,7 @@ class Plan:
         changes: A weight's key → (branch, source, target, patch): what takes the place of `hooks` then.
         options: What the run adds to `transformer_options`.
         report: What was made of what, in lines.
+        regions: Where LoRAs with a mask act.
     """
 
     terms: dict[str, dict[int, list[Term]]]
@@ -53,6 +57,7 @@ class Plan:
     schedules: dict[int, list[Schedule]]
     strengths: dict[int, list[float]]
     report: list[str]
+    regions: PlannedRegions
     patches: dict[str, list[tuple]] = dataclasses.field(default_factory=dict)
     norms: set[str] = dataclasses.field(default_factory=set)
     quantised: bool = False
@@ -84,6 +89,9 @@ class Plan:
         for name in names:
             del self.terms[name]
             for branch, source, target, patch in self.patches.pop(name):
+                if source in self.regions.has_places(branch, name):
+                    region = self.regions.regions[branch][source]
+                    raise no_region(region, "a layer that the model computes without calling it", name)
                 self.hook(branch, source, {target: patch})
         if self.norms.intersection(names):
             self.tell(f"  norms that attention computes itself go through {self.otherwise}", logging.INFO)
@@ -136,7 +144,7 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
     Raises:
         StyleLoomError: a LoRA for another architecture or of another size, NaN, incomplete patches.
     """
-    plan = Plan({}, {}, {}, {}, [], quantised=any(map(is_quantised, model.model.modules())))
+    plan = Plan({}, {}, {}, {}, [], PlannedRegions(model), quantised=any(map(is_quantised, model.model.modules())))
     dtype = computed_in(model)
     for branch, entries in branches.items():
         acting = [entry for entry in entries if entry.acts]
@@ -144,11 +152,13 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
         plan.strengths[branch] = [entry.strength for entry in acting]
         plan.loras[branch] = acting
         plan.hooks[branch] = None
+        plan.regions.regions[branch] = [_region(branch, source, entry) for source, entry in enumerate(acting)]
         pending: dict[str, list[Term | tuple[LowRank, int]]] = {}
         for source, entry in enumerate(acting):
             _read(plan, model, branch, source, entry, dtype, pending, missing)
         for name, made in pending.items():
-            plan.terms.setdefault(name, {})[branch] = _stacked(made, layer_of(find_module(model.model, name)), dtype)
+            layer, places = layer_of(find_module(model.model, name)), plan.regions.has_places(branch, name)
+            plan.terms.setdefault(name, {})[branch] = _stacked(made, layer, dtype, places)
         apart = sum(entry.strength != 0 and not entry.acts for entry in entries)
         if apart:
             plan.report.append(
@@ -165,14 +175,19 @@ def make_plan(model, branches: Mapping[int, list[BranchLoRA]], missing: str = ER
 
 
 def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype, pending: dict, missing: str) -> None:
-    label = f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
+    label = _label(branch, source)
     patches, missed, text = _patches_of(model, entry, label, missing)
     whole = passed_over([model.model], patches)
+    region, elsewhere = plan.regions.regions[branch][source], 0
     left, why, kinds = {}, Counter(), Counter()
     for target, adapter in patches.items():
         key, part, swap = parts_of(target)
         name, _, parameter = key.rpartition(".")
         layer = layer_of(find_module(model.model, name)) if parameter in ("weight", "bias") else None
+        placed = region is not None and plan.regions.acts_in(name, layer, region)
+        if region is not None and not placed and not region.elsewhere:
+            elsewhere += 1
+            continue
         try:
             if target in whole:
                 raise NoTerm("a parameter beside the layers")
@@ -180,10 +195,14 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
             if isinstance(term, OutputTransform) and layer.bias and _quantised(model, name):
                 raise NoTerm(f"{adapter.name} on a quantised layer with a bias")
         except NoTerm as reason:
+            if placed:
+                raise no_region(region, str(reason), key) from reason
             left[target] = adapter
             why[str(reason)] += 1
             continue
         kinds["LoRA" if isinstance(term, LowRank) else adapter[0] if isinstance(adapter, tuple) else adapter.name] += 1
+        if placed and not isinstance(term, LowRank):
+            term = plan.regions.term(term, key, region)
         pending.setdefault(name, []).append((term, source) if isinstance(term, LowRank) else term)
         if layer.kind == "norm":
             plan.norms.add(name)
@@ -200,6 +219,8 @@ def _read(plan: Plan, model, branch: int, source: int, entry: BranchLoRA, dtype,
         )
         + (f"; in one pass: {made}" if made else "")
     )
+    if region is not None:
+        plan.report.append(_where(region, elsewhere, len(patches)))
     if left:
         plan.report.append(
             f"  {len(left)} through {plan.otherwise}: "
@@ -247,13 +268,38 @@ def _quantised(model, name: str) -> bool:
     )
 
 
-def _stacked(made: list[Term | tuple[LowRank, int]], layer, dtype) -> list[Term]:
-    """Neighbouring low-rank changes on the same inputs become one term."""
+def _label(branch: int, source: int) -> str:
+    return f"{NAMES[branch]} LoRA" + (f" {source + 1}" if source else "")
+
+
+def _region(branch: int, source: int, entry: BranchLoRA) -> Region | None:
+    if not entry.masks:
+        return None
+    return Region(_label(branch, source), entry.masks, 1.0 if entry.text_tokens == "whole" else 0.0)
+
+
+def _where(region: Region, elsewhere: int, patches: int) -> str:
+    """The line of the report for a mask. Raises StyleLoomError: nothing of the LoRA has a place."""
+    if elsewhere == patches:
+        raise StyleLoomError(
+            f"the {region.name} has a mask, and all of its {patches} patches are for text, time or modulation, which "
+            "have no place in the picture",
+            "patches of layers that see the picture",
+            "Set text_tokens to whole, or leave mask unconnected.",
+        )
+    rest = "have the whole of it" if region.elsewhere else f"have none of it ({elsewhere} patches left out)"
+    return f"  in the region of its mask; text, time, modulation and reference pictures {rest}"
+
+
+def _stacked(made: list[Term | tuple[LowRank, int]], layer, dtype, masked: set[int]) -> list[Term]:
+    """Neighbouring low-rank changes on the same inputs become one term; `masked` are the sources with a region."""
     terms: list[Term] = []
     waiting: dict[object, list[tuple[LowRank, int]]] = {}
 
     def flush() -> None:
-        terms.extend(LowRankTerm(layer, pairs, dtype) for pairs in waiting.values())
+        for pairs in waiting.values():
+            regional = any(source in masked for _, source in pairs)
+            terms.append((RegionalLowRank if regional else LowRankTerm)(layer, pairs, dtype))
         waiting.clear()
 
     for entry in made:

@@ -22,6 +22,7 @@ from ..repeated_rows import tracing
 from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
 from .plan import Plan
+from .regions import RegionalRun
 
 KEY = "styleloom_branches"
 
@@ -52,6 +53,7 @@ class BranchRun:
         self._shared: list[SharedInput] = []
         self._apart = bool(plan.changes)
         self._observed = False
+        self._regions = RegionalRun(plan.regions) if plan.regions.any else None
         self._mixed = False  # the last call of guidance had a batch with both sides
         self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
 
@@ -82,6 +84,8 @@ class BranchRun:
                 self._shared.clear()
                 self._calls.clear()
                 self._changed.clear()
+                if self._regions is not None:
+                    self._regions.forget()
 
     def _tell(self) -> None:
         """What sampling has shown, for the report."""
@@ -117,6 +121,8 @@ class BranchRun:
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
         model_options = noting(x_in, model_options)
+        if self._regions is not None:
+            model_options = self._regions.told(conds, x_in, model_options)
         if sum(cond is not None for cond in conds) < 2:
             return executor(model, conds, x_in, timestep, model_options)
         self._mixed = False
@@ -169,6 +175,8 @@ class BranchRun:
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
+        if self._regions is not None:
+            call.places = self._regions.places(executor.class_obj, x, options, rows, {**given, "context": c_crossattn})
         if not self._observed:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True

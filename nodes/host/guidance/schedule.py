@@ -55,6 +55,8 @@ class BranchLoRA:
         patches: The host's patches that were read already, in place of `lora`; None: `lora` is to be read.
         name: What reports call it, for example its file.
         strength_clip: Its strength on a text encoder, for whoever can still apply that; None: as `strength`.
+        masks: Where it acts, each (pictures or frames, height, width); they multiply. None: everywhere.
+        text_tokens: With a mask, what has no place in the picture gets "none" of it or the "whole".
     """
 
     lora: dict
@@ -66,6 +68,8 @@ class BranchLoRA:
     patches: Mapping[Any, Any] | None = None
     name: str = ""
     strength_clip: float | None = None
+    masks: tuple[torch.Tensor, ...] = ()
+    text_tokens: str = "none"
 
     @property
     def acts(self) -> bool:

@@ -24,6 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
+from ..areas import pictures_of
 from ..batch_rows import Rows, noting, rows_of
 from ..batch_sides import BatchSides
 from ..repeated_rows import KEY as REPEATED
@@ -171,7 +172,7 @@ class _Call:
         chunks = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(chunks)
         self.sides = rows.sides
-        self.frames, total = _frames(options, count // len(self.sides))
+        self.frames, total = pictures_of(options, count // len(self.sides))
         self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
         self.factor = 1.0
         if not rows.plain:
@@ -274,21 +275,3 @@ class _Replacement:
 def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
     """`count` pictures along the second axis: one for all, or the last again where there are fewer."""
     return t.expand(-1, count, -1, -1) if t.shape[1] == 1 else t[:, list(nearest(range(count), t.shape[1]))]
-
-
-def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
-    """(which pictures of the whole batch the rows of a side are, how many there are in all).
-
-    The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
-    A window of the host's may have the picture before it in front (`causal_window_fix`): it says itself what it holds.
-    """
-    window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0:
-        total = getattr(window, "total_frames", 0) or max(window.index_list) + 1
-        shown = window.get_tensor(torch.arange(total)).tolist()
-        if len(shown) == each:
-            return tuple(shown), total
-    params = options.get("ad_params") or {}
-    if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
-        return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
-    return tuple(range(each)), each

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
+from .. import areas
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
@@ -22,15 +23,7 @@ def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
 
     Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
     """
-    if len(shape) != 2:
-        return {}
-    found = {}
-    for cond in (cond for side in conds for cond in side or ()):
-        area = cond.get("area")
-        if area is not None and len(area) == 4:
-            height, width, top, left = area
-            found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
-    return found
+    return {uuid: (*area, *shape) for uuid, area in areas.areas_of(conds, shape).items()} if len(shape) == 2 else {}
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
