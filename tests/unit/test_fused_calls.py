@@ -83,6 +83,7 @@ def test_what_is_not_known(layer):
     ):  # fmt: skip
         with pytest.raises(UnknownCall, match=words):
             call_it()
-    call.acting = ()
+    call.acting, call.called = (), set()
     with pytest.raises(TypeError):  # nothing acts: it reaches the layer, which is the one to know
         forward(x, act_up=x)
+    assert call.called == {"x"}, "a window that has not begun: the layer is there all the same"
