@@ -31,17 +31,20 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 
 from _pack import import_pack, machine
 
 PRESETS = ("style", "all")
+ATTENTIONS = {"default": [], "torch": ["--use-pytorch-cross-attention"]}
 TARGETS = {"style": 0.2, "all": 0.5}
 
 
-def start_host(path: str, threads: int) -> None:
-    """Import the host from its folder, on the CPU with torch's own attention, as on most GPUs."""
+def start_host(path: str, threads: int, kind: str) -> None:
+    """Import the host from its folder, on the CPU, with its default attention there or with torch's own, which is the
+    default on most GPUs."""
     sys.path.insert(0, path)
-    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+    argv, sys.argv = sys.argv, ["main.py", "--cpu", *ATTENTIONS[kind]]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -51,11 +54,11 @@ def start_host(path: str, threads: int) -> None:
     sys.argv = argv
     torch.set_num_threads(threads)
     import_pack()
-    from styleloom.nodes.host import style_attention
+    from styleloom.nodes.host.style import attention, replacement
 
-    attention = style_attention.optimized_attention
-    style_attention.optimized_attention = lambda *args, **kwargs: WATCH.text(attention, *args, **kwargs)
-    for of, name in ((style_attention._Replacement, "__call__"), (style_attention.StyleAttention, "apply_model")):
+    host = replacement.optimized_attention
+    replacement.optimized_attention = lambda *args, **kwargs: WATCH.text(host, *args, **kwargs)
+    for of, name in ((replacement.Replacement, "__call__"), (attention.StyleAttention, "apply_model")):
         setattr(of, name, WATCH.around(getattr(of, name)))
 
 
@@ -240,7 +243,7 @@ def layers_case(args, dtype) -> None:
         def executor(x, t, c_concat, c_crossattn, control, options):
             call(options)
 
-        executor.class_obj = None
+        executor.class_obj = SimpleNamespace(diffusion_model=None)
         report("layers", preset, rounds({
             "nothing": lambda: call({}),
             "ours": lambda: ours.apply_model(executor, x, t, transformer_options=dict(extra)),
@@ -330,16 +333,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--attention", choices=list(ATTENTIONS), default="torch", help="the host's")
     parser.add_argument("--cases", nargs="+", default=["layers", "graph", "widths", "prepare"])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     args = parser.parse_args()
     if not args.host:
         parser.error("name the ComfyUI folder with --host or STYLELOOM_HOST")
-    start_host(args.host, args.threads)
+    start_host(args.host, args.threads, args.attention)
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    say(**machine(), torch=torch.__version__, threads=args.threads, dtype=args.dtype, load=os.getloadavg()[0])
+    say(**machine(), torch=torch.__version__, threads=args.threads, attention=args.attention, dtype=args.dtype, load=os.getloadavg()[0])
     with torch.inference_mode():
         if "layers" in args.cases:
             layers_case(args, dtype)

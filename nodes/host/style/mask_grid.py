@@ -12,20 +12,41 @@ from ....weights.errors import StyleLoomError
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
 
-def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
-    """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
+_AREAS, _LATENT = "styleloom_areas", "styleloom_latent"
+
+
+def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
+    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid -> area, cut
+    to the latent as the host cuts.
 
     Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
     """
-    if len(shape) != 2:
-        return {}
     found = {}
     for cond in (cond for side in conds for cond in side or ()):
         area = cond.get("area")
-        if area is not None and len(area) == 4:
+        if area is not None and len(area) == 4 and len(shape) == 2:
             height, width, top, left = area
             found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
-    return found
+    options[_AREAS], options[_LATENT] = found, shape
+
+
+def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[Area | None, ...]:
+    """The area of each conditioning, for an input of `shape`.
+
+    Raises:
+        StyleLoomError: the input is neither the picture nor the area: another node has cut it (tiles).
+    """
+    areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
+    latent = options.get(_LATENT, shape)
+    if any((latent if area is None else area[:2]) != shape for area in areas):
+        raise StyleLoomError(
+            f"the model is given a part of {list(shape)} of a latent of {list(latent)}, and Style Block Injector has a "
+            "mask",
+            "the whole picture, so that the mask can be laid over it",
+            "Another node cuts the picture into tiles and does not say which one it is: leave mask of Style Block "
+            "Injector unconnected, or leave the other node out.",
+        )
+    return areas
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
@@ -79,6 +100,18 @@ class MaskGrid:
                 self._cache = {}
             self._cache[key] = self._make(size, areas, frames, len(q)).to(q.device, q.dtype)
         return self._cache[key]
+
+    def levels(
+        self, shape: tuple[int, int], areas: tuple[Area | None, ...], frames: tuple[int, ...], rows: int, device
+    ) -> dict[int, torch.Tensor]:
+        """Number of tokens -> (1 or rows, tokens, 1) fp32, for every level of a UNet over an input of `shape`."""
+        height, width = shape
+        made = {}
+        while True:
+            made.setdefault(height * width, self._make((height, width), areas, frames, rows).to(device))
+            if max(height, width) == 1:
+                return made
+            height, width = (height + 1) // 2, (width + 1) // 2
 
     def _make(
         self, size: tuple[int, int], areas: tuple[Area | None, ...], frames: tuple[int, ...], rows: int
