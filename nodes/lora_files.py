@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..weights.lora.diffusers_keys import kohya_names
 from ..weights.lora.lora_model import LoRAModel
 from ..weights.lora.files import PRECISIONS, check_lora, save_lora
 from ..weights.tensor_file import read_header
@@ -48,7 +49,7 @@ class LoadLoRA(io.ComfyNode):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
         tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         check_lora(tensors, lora_name)
-        return io.NodeOutput(LoRAModel(tensors, metadata, lora_name))
+        return io.NodeOutput(LoRAModel(kohya_names(tensors), metadata, lora_name))
 
 
 class SaveLoRA(io.ComfyNode):

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from ...weights.errors import StyleLoomError
+from ...weights.lora.diffusers_keys import kohya_names
 from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
 from ...weights.lora.names import is_text_key
@@ -117,7 +118,7 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             patches for one weight, of which the host would keep one; an adapter of the host's that is not known here.
     """
     key_map = host_key_map(model, clip)
-    converted = comfy.lora_convert.convert_lora(dict(lora))
+    converted = comfy.lora_convert.convert_lora(kohya_names(lora))
     stems = {key: _stem(key, key_map) for key in converted}
     unknown = [key for key, stem in stems.items() if stem is None]
     name = type(model.model).__name__
