@@ -6,15 +6,34 @@ import math
 import re
 
 from ..errors import StyleLoomError
+from . import weight_types
 from .architecture import Architecture, Layer
 
 STYLE, LAYOUT, BOTH, ALL, CUSTOM = "style", "layout", "style + layout", "all", "custom"
+PRECISE_STYLE, PRECISE_LAYOUT = "precise style", "precise layout"
 OTHER = "IPAdapter Plus: "
-PRESETS = (STYLE, LAYOUT, BOTH, ALL, CUSTOM, OTHER + STYLE, OTHER + LAYOUT, OTHER + BOTH)
+PRESETS = (
+    *(STYLE, LAYOUT, BOTH, ALL, CUSTOM, OTHER + STYLE, OTHER + LAYOUT, OTHER + BOTH),
+    *(PRECISE_STYLE, PRECISE_LAYOUT),
+    *(OTHER + name for name in weight_types.TYPES),
+)
+# Whose tokens a layer gets where its sides are turned round: the negative side sees this picture.
+AWAY_FROM = {STYLE: "away from style", LAYOUT: "away from layout"}
+
+
+def is_precise(preset: str) -> bool:
+    """Whether some blocks of a preset are turned round, and `boost` counts."""
+    return preset.removeprefix(OTHER) in (PRECISE_STYLE, PRECISE_LAYOUT, *weight_types.PRECISE)
 
 
 def choose(
-    architecture: Architecture, preset: str, weight: float, layout_weight: float, two_pictures: bool, custom: str = ""
+    architecture: Architecture,
+    preset: str,
+    weight: float,
+    layout_weight: float,
+    two_pictures: bool,
+    custom: str = "",
+    boost: float = 1.0,
 ) -> dict[Layer, tuple[float, str]]:
     """What is injected where.
 
@@ -24,10 +43,11 @@ def choose(
         weight: of the picture of the style; in preset layout of the only picture that acts.
         layout_weight: of the layout blocks where style and layout act together.
         two_pictures: whether the layout blocks have a picture of their own.
-        custom: for preset custom, see `parse_custom`.
+        custom: for preset custom, see `parse_custom`; in a precise preset it takes the place of the table, if given.
+        boost: of the blocks that a precise preset turns round.
 
     Returns:
-        Layer → (weight, "style" or "layout": whose picture). Layers of weight 0 are left out.
+        Layer → (weight, "style" or "layout": whose picture, or one of `AWAY_FROM`). Layers of weight 0 are left out.
 
     Raises:
         StyleLoomError: unknown preset; custom text that names no block.
@@ -37,6 +57,8 @@ def choose(
     style = architecture.other_style if other else architecture.style
     layout = architecture.other_layout if other else architecture.layout
     picture = LAYOUT if two_pictures else STYLE
+    if is_precise(preset) or plain in weight_types.TYPES:
+        return _typed(architecture, preset, weight, layout_weight, two_pictures, custom, boost)
     everything = {block: 1.0 for block, _, _ in architecture.blocks}
     if plain == STYLE:
         chosen = {block: (share * weight, STYLE) for block, share in style.items()}
@@ -55,6 +77,39 @@ def choose(
         return {layer: (share * weight, whose[layer[:2]]) for layer, share in given.items() if share * weight}
     else:
         raise StyleLoomError(f"preset is {preset!r}", f"one of {', '.join(PRESETS)}", "Choose one of the list.")
+    return {layer: chosen[layer[:2]] for layer in architecture.layers if chosen.get(layer[:2], (0,))[0]}
+
+
+def _typed(
+    architecture: Architecture,
+    preset: str,
+    weight: float,
+    layout_weight: float,
+    two_pictures: bool,
+    custom: str,
+    boost: float,
+) -> dict[Layer, tuple[float, str]]:
+    """`choose` for the presets of `weight_types.py`."""
+    if preset == PRECISE_STYLE:
+        table = weight_types.precise_style(architecture.style, architecture.layout, weight, boost)
+    elif preset == PRECISE_LAYOUT:
+        table = weight_types.precise_layout(architecture.layout, architecture.style, weight, boost)
+    elif preset.startswith(OTHER):
+        table = weight_types.shares(architecture, preset.removeprefix(OTHER), weight, layout_weight, boost)
+    else:
+        raise StyleLoomError(f"preset is {preset!r}", f"one of {', '.join(PRESETS)}", "Choose one of the list.")
+    picture = LAYOUT if two_pictures else STYLE
+    kept = picture if preset.removeprefix(OTHER) in (PRECISE_LAYOUT, weight_types.LAYOUT_PRECISE) else STYLE
+    whose = {weight_types.STYLE: STYLE, weight_types.LAYOUT: picture, weight_types.AWAY: AWAY_FROM[kept]}
+    if is_precise(preset) and custom.strip():
+        given = parse_custom(architecture, custom)
+        roles = {block: weight_types.AWAY for block, _, _ in architecture.blocks}
+        roles |= {block: role for block, (_, role) in table.items()}
+        if PRECISE_STYLE in preset or weight_types.STYLE_PRECISE in preset:
+            layout = [block for block, (_, role) in table.items() if role == weight_types.AWAY]
+            roles = {block: weight_types.AWAY if block in layout else weight_types.STYLE for block in roles}
+        return {layer: (share * weight, whose[roles[layer[:2]]]) for layer, share in given.items() if share * weight}
+    chosen = {block: (share, whose[role]) for block, (share, role) in table.items()}
     return {layer: chosen[layer[:2]] for layer in architecture.layers if chosen.get(layer[:2], (0,))[0]}
 
 

@@ -9,23 +9,29 @@ from collections.abc import Mapping
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
+from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
+from ..fused_layers import called as calls_layers
+from ..lora_patches import find_module
+from ..missing_keys import some
 from ..repeated_rows import tracing
-from ..lora_patches import find_module, some
+from ..row_terms import outside_memory_graph
+from .changed_weights import ChangedWeights
 from .plan import Plan
+from .regions import RegionalRun
 
 KEY = "styleloom_branches"
 
 
-class NormsNotRun(Exception):
-    """Norms whose layers the model does not call; raised after the first pass."""
+class LayersNotRun(Exception):
+    """Layers with terms that the model computes without calling them; raised after the first pass."""
 
     def __init__(self, names: list[str]):
-        super().__init__(f"{len(names)} norms were not called")
+        super().__init__(f"{len(names)} layers were not called")
         self.names = names
 
 
@@ -43,9 +49,13 @@ class BranchRun:
         self._plan = plan
         self.sides = BatchSides()
         self._calls: dict[int, ModelCall] = {}
+        self._changed: dict[int, ChangedWeights] = {}
         self._shared: list[SharedInput] = []
-        self._apart = False
+        self._apart = bool(plan.changes)
         self._observed = False
+        self._regions = RegionalRun(plan.regions) if plan.regions.any else None
+        self._mixed = False  # the last call of guidance had a batch with both sides
+        self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):
@@ -67,11 +77,28 @@ class BranchRun:
                 stack.enter_context(self._injected(patcher))
             try:
                 yield self
+                self._tell()
             finally:
                 for shared in self._shared:
                     shared.undo()
                 self._shared.clear()
                 self._calls.clear()
+                self._changed.clear()
+                if self._regions is not None:
+                    self._regions.forget()
+
+    def _tell(self) -> None:
+        """What sampling has shown, for the report."""
+        together, alone = self._steps[True], self._steps[False]
+        if together:
+            line = f"sampled with both sides in one batch, in {together} of {together + alone} evaluations"
+            self._plan.tell(line, logging.INFO)
+        elif alone and not (self._apart or any(self._plan.hooks.values())):
+            self._plan.tell(
+                "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
+                "cannot be put side by side, and for models that take one picture at a time",
+                logging.INFO,
+            )
 
     @contextlib.contextmanager
     def _injected(self, patcher):
@@ -80,34 +107,42 @@ class BranchRun:
         layers = LayersWithTerms(lambda name: find_module(patcher.model, name), self._plan.terms, call)
         patcher.set_injections(KEY, [PatcherInjection(lambda _: layers.put_in(), lambda _: layers.take_out())])
         others = patcher.is_injected
-        try:
-            layers.put_in()
-            patcher.is_injected = True
-            yield
-        finally:
-            layers.take_out()
-            patcher.remove_injections(KEY)
-            patcher.is_injected = others
+        changed = self._changed[id(patcher.model)] = ChangedWeights(patcher.model, self._plan.changes, call)
+        with calls_layers(layers.wanted()), changed.put_in():
+            try:
+                layers.put_in()
+                patcher.is_injected = True
+                yield
+            finally:
+                layers.take_out()
+                patcher.remove_injections(KEY)
+                patcher.is_injected = others
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
         model_options = noting(x_in, model_options)
-        if not self._apart:
-            try:
-                return executor(model, conds, x_in, timestep, model_options)
-            except UnknownRows as unknown:
-                self._apart = True
-                logging.warning(
-                    "StyleLoom: Asymmetric CFG: a layer of %s got %s; both branches now run one after the other, which "
-                    "gives the same picture in more time",
-                    type(model).__name__,
-                    unknown,
-                )
-        alone = [
-            executor(model, [c if i == j else None for i, c in enumerate(conds)], x_in, timestep, model_options)
-            for j in range(len(conds))
-        ]
-        return [outputs[j] for j, outputs in enumerate(alone)]
+        if self._regions is not None:
+            model_options = self._regions.told(conds, x_in, model_options)
+        if sum(cond is not None for cond in conds) < 2:
+            return executor(model, conds, x_in, timestep, model_options)
+        self._mixed = False
+        try:
+            if not self._apart:
+                try:
+                    return executor(model, conds, x_in, timestep, model_options)
+                except UnknownRows as unknown:
+                    self._apart, self._mixed = True, False
+                    self._plan.tell(
+                        f"sampled with the sides one after the other, which gives the same picture in more time: a "
+                        f"layer of {type(model).__name__} got {unknown}"
+                    )
+            alone = [
+                executor(model, [c if i == j else None for i, c in enumerate(conds)], x_in, timestep, model_options)
+                for j in range(len(conds))
+            ]
+            return [outputs[j] for j, outputs in enumerate(alone)]
+        finally:
+            self._steps[self._mixed] += 1
 
     def _apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
@@ -121,6 +156,16 @@ class BranchRun:
         if rows is None:
             raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
         strengths = self._strengths(t, options)
+        mixed = len(set(rows.sides)) > 1
+        self._mixed = self._mixed or mixed
+        if self._plan.changes and mixed:
+            raise StyleLoomError(
+                "another node runs both sides in one call of the model, and some weights here have to be different for "
+                "each side",
+                "a LoRA that needs no changed weights (the report names those that do), or a model without quantised "
+                "layers",
+                "Leave the other node out, or load the model in fp16, bf16 or fp8.",
+            )
         inner = executor.class_obj.diffusion_model
         options = tracing(options, inner, call.repeat)
         call.set_rows(
@@ -130,11 +175,14 @@ class BranchRun:
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
+        if self._regions is not None:
+            call.places = self._regions.places(executor.class_obj, x, options, rows, {**given, "context": c_crossattn})
         if not self._observed:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True
         try:
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            with self._changed[id(executor.class_obj)].exchanged():
+                result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             call.active = False
             observers, call.observers = call.observers, None
@@ -149,15 +197,19 @@ class BranchRun:
         """After the first pass: which layers share an input, and which were not called by the model."""
         self._observed = True
         idle = self._plan.terms.keys() - called
-        norms = sorted(idle & self._plan.norms.keys())
-        if norms:
-            raise NormsNotRun(norms)
-        if idle and called:  # none at all: the whole model is compiled, and nothing was seen
-            logging.info(
-                "StyleLoom: the model does not use %d of the LoRA's layers here: %s", len(idle), some(sorted(idle))
+        # None called at all: the whole model is compiled, and nothing was seen. Norms are then the one uncertain thing.
+        apart = sorted(name for name in idle & self._plan.patches.keys() if called or name in self._plan.norms)
+        if apart:
+            raise LayersNotRun(apart)
+        if idle and called:
+            self._plan.tell(
+                f"  {len(idle)} layers of the LoRAs were not called in the first step, so that nothing acts there "
+                f"unless a later step calls them: {some(sorted(idle))}",
+                logging.INFO,
             )
-        for observer in observers.values():
-            self._shared.extend(observer.groups())
+        with outside_memory_graph():
+            for observer in observers.values():
+                self._shared.extend(observer.groups())
 
     def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:
         made = {}

@@ -14,6 +14,7 @@ side is decided in `batch_rows.py`.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping
 
@@ -27,8 +28,9 @@ from ..batch_sides import BatchSides
 from ..repeated_rows import tracing
 from .call import Call, known
 from .compiled import forwards, is_compiled
-from .mask_grid import MaskGrid, note_areas
+from .mask_grid import MaskGrid, nearest, note_areas
 from .replacement import Replacement
+from .step_weights import StepWeights
 
 _KEY = "styleloom_style"
 _KEPT = 8  # arrangements of rows that a layer remembers; sliding windows over frames make ever new ones
@@ -41,17 +43,24 @@ class StyleAttention:
         layers: from `keys_values.project`.
         mask: (pictures, height, width) or None.
         start, end: share of the schedule, 0 to 1.
+        steps: what the picture adds is multiplied by this as well, or None.
     """
 
     def __init__(
-        self, layers: Mapping[Layer, KeysValues], mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0
+        self,
+        layers: Mapping[Layer, KeysValues],
+        mask: torch.Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        steps: StepWeights | None = None,
     ):
         self.pictures = max((kv.k.shape[1] for kv in layers.values()), default=1)
         self.layers = {
-            layer: KeysValues(*(t.expand(-1, self.pictures, -1, -1) for t in kv)) for layer, kv in layers.items()
+            layer: KeysValues(*(_repeat_last(t, self.pictures) for t in kv)) for layer, kv in layers.items()
         }
         self.mask = None if mask is None else MaskGrid(mask)
-        self.start, self.end = start, end
+        self.start, self.end, self.steps = start, end, steps
+        self._told: set = set()
         self.sides = BatchSides()
         self._cache: dict = {}
         self._window = (None, 0.0, 0.0)
@@ -74,6 +83,7 @@ class StyleAttention:
             return executor(*args, **kwargs)
         finally:
             self.sides.forget()
+            self._told = set()
             self._cache = {}
             self._window = (None, 0.0, 0.0)
             if self.mask is not None:
@@ -101,6 +111,8 @@ class StyleAttention:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         rows = rows_of(self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs})
         call = Call(self, options, x, known(rows, len(x), options))
+        if self.steps is not None:
+            call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
         if is_compiled(unet, options):
             with forwards(call, unet, self.layers, options, x):
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -112,6 +124,13 @@ class StyleAttention:
             attn2[layer] = Replacement(call, layer, before)
         options = {**options, "patches_replace": {**replace, "attn2": attn2}}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def tell(self, name: str, count: int, total: int) -> None:
+        """Says once a run that there are more or fewer pictures than are being made."""
+        if (name, count, total) not in self._told:
+            self._told.add((name, count, total))
+            what = "the last is used again" if count < total else f"only the first {total} are used"
+            logging.warning("StyleLoom: %s has %d pictures, and %d are being made: %s", name, count, total, what)
 
     def _is_on(self, model, t: torch.Tensor) -> bool:
         if self.start <= 0.0 and self.end >= 1.0:
@@ -142,5 +161,10 @@ class StyleAttention:
 
     def _arrange(self, t: torch.Tensor, sides: tuple[int, ...], frames: tuple[int, ...]) -> torch.Tensor:
         if self.pictures > 1:
-            t = t[:, list(frames)]
+            t = t[:, list(nearest(frames, self.pictures))]
         return t[list(sides)].flatten(0, 1)
+
+
+def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` pictures along the second axis: one for all, or the last again where there are fewer."""
+    return t.expand(-1, count, -1, -1) if t.shape[1] == 1 else t[:, list(nearest(range(count), t.shape[1]))]

@@ -12,6 +12,7 @@ from ....weights.errors import StyleLoomError
 from ....weights.ip_adapter.few_keys import MAX_KEYS, add_attention
 from ....weights.ip_adapter.keys_values import KeysValues
 from ....weights.unet.architecture import Layer
+from ..areas import pictures_of
 from ..batch_rows import Rows
 from ..repeated_rows import KEY as REPEATED
 from .mask_grid import seen_by
@@ -29,9 +30,11 @@ class Call:
         options: `transformer_options` of the call. x: its input, (rows, channels, height, width).
         rows: whose they are.
 
+    Attributes:
+        factor: what the picture adds is multiplied by this as well.
+
     Raises:
-        StyleLoomError: another number of pictures than of references or masks; rows of which it is not known what they
-            show where that matters.
+        StyleLoomError: rows of which it is not known what they show, where that matters.
     """
 
     def __init__(self, style: StyleAttention, options: Mapping, x: torch.Tensor, rows: Rows):
@@ -39,26 +42,23 @@ class Call:
         chunks = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(chunks)
         self.sides = rows.sides
-        self.frames, total = frames_of(options, self.count // len(self.sides))
+        self.frames, total = pictures_of(options, self.count // len(self.sides))
         self.areas = ()
+        self.factor = 1.0
         if not rows.plain:
             self._needs_plain("Another node lays tiles of the picture into one batch")
         if style.mask is not None:
             self.areas = seen_by(options, [uuids[chunk] for chunk in rows.chunks], tuple(x.shape[2:]))
-        wanted = {"style": style.pictures, "mask": style.mask.pictures if style.mask else 1}
-        for name, count in wanted.items():
+        for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
             if count not in (1, total):
-                raise StyleLoomError(
-                    f"{name} has {count} pictures, and {total} are being made",
-                    "one for all, or one for each",
-                    "Encode as many pictures as the latent batch has, or choose the fusion concat."
-                    if name == "style"
-                    else "Give one mask, or one for each picture of the batch.",
-                )
+                style.tell(name, count, total)
 
     def keys_values(self, layer: Layer, device, dtype) -> KeysValues:
-        """For the rows of this call, as `StyleAttention.rows` gives them."""
-        return self.style.rows(layer, self.sides, self.frames, device, dtype)
+        """For the rows of this call, as `StyleAttention.rows` gives them, with the factor in the values."""
+        return self._with_factor(self.style.rows(layer, self.sides, self.frames, device, dtype))
+
+    def _with_factor(self, pair: KeysValues) -> KeysValues:
+        return pair if self.factor == 1.0 else KeysValues(pair.k, pair.v * self.factor)
 
     def shares(self, x: torch.Tensor) -> dict[int, torch.Tensor] | None:
         """Number of tokens of a layer -> the mask there, (1 or rows, tokens, 1); None without a mask."""
@@ -81,7 +81,7 @@ class Call:
         sides, frames = self.sides, self.frames
         if q.shape[0] != self.count:
             sides, frames = self._repeated(q.shape[0], extra_options), (0,)
-        k, v = self.style.rows(layer, sides, frames, q.device, q.dtype)
+        k, v = self._with_factor(self.style.rows(layer, sides, frames, q.device, q.dtype))
         mask = self.style.mask
         share = None if mask is None else mask.rows(q, extra_options, self.areas, self.frames)
         # Pictures that share their tokens are one long row of queries: nothing is repeated for them.
@@ -139,21 +139,3 @@ def known(rows: Rows | None, count: int, options: Mapping) -> Rows:
     if rows is None:
         raise unknown(count, count, options)
     return rows
-
-
-def frames_of(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
-    """(which pictures of the whole batch the rows of a side are, how many there are in all).
-
-    The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
-    A window of the host's may have the picture before it in front (`causal_window_fix`): it says itself what it holds.
-    """
-    window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0:
-        total = getattr(window, "total_frames", 0) or max(window.index_list) + 1
-        shown = window.get_tensor(torch.arange(total)).tolist()
-        if len(shown) == each:
-            return tuple(shown), total
-    params = options.get("ad_params") or {}
-    if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
-        return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
-    return tuple(range(each)), each

@@ -29,7 +29,9 @@ def is_compiled(unet: torch.nn.Module, options: Mapping) -> bool:
     """Whether a call of the UNet with these options runs compiled code: the host's node, or a pack's that uses the
     host's function, for all of the UNet or for its blocks; or `unet` itself."""
     wrappers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    return _COMPILE in wrappers or isinstance(unet, torch._dynamo.OptimizedModule) or unet._compiled_call_impl is not None
+    if _COMPILE in wrappers or getattr(unet, "_compiled_call_impl", None) is not None:
+        return True
+    return hasattr(unet, "_orig_mod")  # what torch.compile makes of a module
 
 
 class _Forward:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
+from .. import areas
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
@@ -15,19 +16,19 @@ Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a lat
 _AREAS, _LATENT = "styleloom_areas", "styleloom_latent"
 
 
+def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
+    """Which of `count` pictures each frame gets: its own, or the last where there are fewer pictures than frames."""
+    return tuple(min(frame, count - 1) for frame in frames)
+
+
 def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
-    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid -> area, cut
+    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid → area, cut
     to the latent as the host cuts.
 
     Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
     """
-    found = {}
-    for cond in (cond for side in conds for cond in side or ()):
-        area = cond.get("area")
-        if area is not None and len(area) == 4 and len(shape) == 2:
-            height, width, top, left = area
-            found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
-    options[_AREAS], options[_LATENT] = found, shape
+    found = areas.areas_of(conds, shape) if len(shape) == 2 else {}
+    options[_AREAS], options[_LATENT] = {uuid: (*area, *shape) for uuid, area in found.items()}, shape
 
 
 def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[Area | None, ...]:
@@ -36,9 +37,9 @@ def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[
     Raises:
         StyleLoomError: the input is neither the picture nor the area: another node has cut it (tiles).
     """
-    areas = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
+    seen = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
     latent = options.get(_LATENT, shape)
-    if any((latent if area is None else area[:2]) != shape for area in areas):
+    if any((latent if area is None else area[:2]) != shape for area in seen):
         raise StyleLoomError(
             f"the model is given a part of {list(shape)} of a latent of {list(latent)}, and Style Block Injector has a "
             "mask",
@@ -46,7 +47,7 @@ def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[
             "Another node cuts the picture into tiles and does not say which one it is: leave mask of Style Block "
             "Injector unconnected, or leave the other node out.",
         )
-    return areas
+    return seen
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
@@ -118,7 +119,7 @@ class MaskGrid:
     ) -> torch.Tensor:
         mask = self.mask[:, None]
         if self.pictures > 1:
-            mask = mask[list(frames)]
+            mask = mask[list(nearest(frames, self.pictures))]
         made = {None: mask} if None in areas else {}
         for area in set(areas) - {None}:
             height, width, top, left, *full = area
