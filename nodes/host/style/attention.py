@@ -165,6 +165,117 @@ class StyleAttention:
         return t[list(sides)].flatten(0, 1)
 
 
+<<<<<<< HEAD
+=======
+class _Call:
+    """What all layers of one call of the UNet have in common, worked out once."""
+
+    def __init__(self, style: StyleAttention, options: Mapping, count: int, rows: Rows):
+        self.style, self.count = style, count
+        chunks = options.get("cond_or_uncond") or [0]
+        uuids = options.get("uuids") or [None] * len(chunks)
+        self.sides = rows.sides
+        self.frames, total = pictures_of(options, count // len(self.sides))
+        self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
+        self.factor = 1.0
+        if not rows.plain:
+            self._needs_plain("Another node lays tiles of the picture into one batch")
+        for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
+            if count not in (1, total):
+                style.tell(name, count, total)
+
+    def image(self, layer: Layer, q: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        """Attention over the image tokens, (rows, n, width), weight and mask applied."""
+        sides, frames = self.sides, self.frames
+        if q.shape[0] != self.count:
+            sides, frames = self._repeated(q.shape[0], extra_options), (0,)
+        k, v = self.style.rows(layer, sides, frames, q.device, q.dtype)
+        # Pictures that share their tokens are one long row of queries: nothing is repeated for them.
+        out = optimized_attention(
+            q.reshape(len(k), -1, q.shape[2]),
+            k,
+            v,
+            extra_options["n_heads"],
+            attn_precision=extra_options.get("attn_precision"),
+            transformer_options=extra_options,
+        ).reshape(q.shape)
+        if self.factor != 1.0:
+            out = out * self.factor
+        if self.style.mask is not None:
+            out = out * self.style.mask.rows(q, extra_options, self.areas, self.frames)
+        return out
+
+    def _repeated(self, rows: int, extra_options: Mapping) -> tuple[int, ...]:
+        """The side of each row of a layer whose rows another node's patch repeats."""
+        places = extra_options.get(REPEATED) or ()
+        if len(places) != rows:
+            raise _unknown(rows, self.count, extra_options)
+        self._needs_plain("Another node gives each region of the picture rows of its own (Attention Couple)")
+        return tuple(self.sides[place * len(self.sides) // self.count] for place in places)
+
+    def _needs_plain(self, found: str) -> None:
+        """The rows are not the latents alone: which picture or part of it each is cannot be told."""
+        if self.style.mask is not None or self.style.pictures > 1:
+            raise StyleLoomError(
+                f"{found}, and Style Block Injector has "
+                + ("a mask" if self.style.mask is not None else "one style per picture"),
+                "rows of which it is known what they show",
+                "Leave mask of Style Block Injector unconnected and choose the fusion concat or average, or leave the "
+                "other node out.",
+            )
+
+
+def _unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
+    count = len(options.get("cond_or_uncond") or [0])
+    return StyleLoomError(
+        f"a layer has {rows} rows, in a batch of {batch}, for {count} conditionings",
+        "rows of which it is known whether they are the positive or the negative side",
+        "Another node changes the batch (tiles, regional prompts) in a way that does not show whose each row is: give "
+        "the two sides different prompts, or leave that node out.",
+    )
+
+
+def _known(rows: Rows | None, count: int, options: Mapping) -> Rows:
+    if rows is None:
+        raise _unknown(count, count, options)
+    return rows
+
+
+class _Replacement:
+    """One layer's replacement: what was there, plus the picture.
+
+    `add` lets packs that expect to stack on their own kind of replacement stack on this one.
+    """
+
+    def __init__(self, call: _Call, layer: Layer, before: Callable | None):
+        self.call, self.layer, self.before = call, layer, before
+        self.added: tuple[tuple[Callable, dict], ...] = ()
+
+    def add(self, callback: Callable, **kwargs) -> None:
+        self.added += ((callback, kwargs),)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
+        if self.before is not None:
+            out = self.before(q, k, v, extra_options) + self.call.image(self.layer, q, extra_options)
+        else:
+            out = optimized_attention(
+                q,
+                k,
+                v,
+                extra_options["n_heads"],
+                attn_precision=extra_options.get("attn_precision"),
+                transformer_options=extra_options,
+            )
+            image = self.call.image(self.layer, q, extra_options)
+            # What our own call gave is nobody else's; an override may give what it keeps.
+            fresh = not torch.is_grad_enabled() and "optimized_attention_override" not in extra_options
+            out = out.add_(image) if fresh else out + image
+        for callback, kwargs in self.added:
+            out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+>>>>>>> main
 def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
     """`count` pictures along the second axis: one for all, or the last again where there are fewer."""
     return t.expand(-1, count, -1, -1) if t.shape[1] == 1 else t[:, list(nearest(range(count), t.shape[1]))]
