@@ -20,9 +20,10 @@ class ContentSubtract(io.ComfyNode):
             node_id="StyleLoomContentSubtract",
             display_name="Content Subtract",
             category=CATEGORY_STYLE,
-            description="Takes what you name, or what a few pictures show, out of an encoded picture, so that its style "
-            "is left. For base IP-Adapters, unCLIP and whatever reads the picture's one vector. Plus adapters read patches, which no "
-            "text describes: for them, connect a picture of the content to negative of Style Block Injector.",
+            description="Takes what you name, or what a few pictures show, out of an encoded picture, so that its "
+            "style is left. For base IP-Adapters, unCLIP and whatever reads the picture's one vector. Plus adapters "
+            "read patches, which no text describes: for them, connect a picture of the content to negative of Style "
+            "Block Injector.",
             search_aliases=["instantstyle", "neg content", "remove content", "content leakage", "concept subtraction"],
             inputs=[
                 io.ClipVisionOutput.Input("style", tooltip="The encoded picture or pictures."),
@@ -183,7 +184,8 @@ def _by_pictures(style, content, neutral, protect: list[str], options: Options) 
     t = content.image_embeds.float().cpu()
     n, tower = t[:0], image_tower(*seen)
     if options.gap_correction and options.method in DIRECTIONAL:
-        empty = next((e for o in (style, content) if (e := getattr(o, "styleloom_empty_embeds", None)) is not None), None)
+        brought = (getattr(output, "styleloom_empty_embeds", None) for output in (style, content))
+        empty = next((embeds for embeds in brought if embeds is not None), None)
         if neutral is None and empty is None:
             raise StyleLoomError(
                 "gap_correction is on, and there is nothing neutral to compare content_pictures with",

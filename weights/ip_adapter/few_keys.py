@@ -1,10 +1,10 @@
 """Attention over the few tokens of a picture, as two thin products added to what is there.
 
 A general attention is made for as many keys as queries: it copies the queries into another order, walks over the keys
-in blocks and writes its result before somebody adds it. With 4 or 16 keys nearly all of the time goes into that. Here a
-piece of the queries at a time is copied to where the processor's cache holds it; each head's scores are one product of a
-(keys, d) and a (d, queries) matrix, read where they lie; the keys are the leading axis of the scores, so that the softmax
-is a few passes over long rows; and the second product, still in the cache, is added to the result.
+in blocks and writes its result before somebody adds it. With 4 or 16 keys nearly all of the time goes into that. Here
+a piece of the queries at a time is copied to where the processor's cache holds it; each head's scores are one product
+of a (keys, d) and a (d, queries) matrix, read where they lie; the keys are the leading axis of the scores, so that
+the softmax is a few passes over long rows; and the second product, still in the cache, is added to the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Image tokens do not change while sampling, so their keys and values are made once, for the layers in use.
 
-All pictures of a layer and both sides go through its two matrices in one product, so each matrix is read once. What came
-out is kept by adapter and by the tokens' own numbers: another weight, schedule, mask or preset, or the same picture again
-in another node, reads only what has not been read yet.
+All pictures of a layer and both sides go through its two matrices in one product, so each matrix is read once. What
+came out is kept by adapter and by the tokens' own numbers: another weight, schedule, mask or preset, or the same
+picture again in another node, reads only what has not been read yet.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Notes are further attributes, which consumers that do not know them leave alone:
 `styleloom_empty`, penultimate hidden states of an empty picture by the same encoder, and `styleloom_empty_embeds`, its
-`image_embeds`; `styleloom_subtracted`, in words, that `image_embeds` was changed while the patch features were not; `styleloom_only`, the one field that a file held.
+`image_embeds`; `styleloom_subtracted`, in words, that `image_embeds` was changed while the patch features were not;
+`styleloom_only`, the one field that a file held.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def encode_picture(
 
 
 def _encode_empty(clip_vision) -> tuple[torch.Tensor, torch.Tensor]:
-    """Penultimate hidden states and `image_embeds` of an input of zeros, which is the encoder's mean colour: what the publisher gives the
-    unconditional side of plus adapters (`IPAdapterPlus.get_image_embeds`, zeros after the normalisation)."""
+    """Penultimate hidden states and `image_embeds` of an input of zeros, which is the encoder's mean colour. The former
+    are what the publisher gives the unconditional side of plus adapters (`IPAdapterPlus.get_image_embeds`, zeros after
+    the normalisation)."""
     if clip_vision not in _empty:
         comfy.model_management.load_model_gpu(clip_vision.patcher)
         side = clip_vision.image_size
