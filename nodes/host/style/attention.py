@@ -8,32 +8,31 @@ on, and then hands the UNet a copy of the options in which the chosen layers hav
 * a ControlNet, which runs before, and every layer that is not chosen are left as they are;
 * switched off by the schedule, nothing is there.
 
-Which rows of a batch are the negative side is decided in `batch_rows.py`.
+A compiled UNet does not look at its options again; for one see `compiled.py`. Which rows of a batch are the negative
+side is decided in `batch_rows.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
-from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
-from ..areas import pictures_of
-from ..batch_rows import Rows, noting, rows_of
+from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
-from ..repeated_rows import KEY as REPEATED
 from ..repeated_rows import tracing
-from .mask_grid import MaskGrid, areas_of, nearest
+from .call import Call, known
+from .compiled import forwards, is_compiled
+from .mask_grid import MaskGrid, nearest, note_areas
+from .replacement import Replacement
 from .step_weights import StepWeights
 
 _KEY = "styleloom_style"
-_AREAS = "styleloom_areas"
 _KEPT = 8  # arrangements of rows that a layer remembers; sliding windows over frames make ever new ones
 
 
@@ -100,28 +99,30 @@ class StyleAttention:
         sees, for the mask."""
         model_options = noting(x_in, model_options)
         if self.mask is not None:
-            model_options["transformer_options"][_AREAS] = areas_of(conds, tuple(x_in.shape[2:]))
+            note_areas(model_options["transformer_options"], conds, tuple(x_in.shape[2:]))
         return executor(model, conds, x_in, timestep, model_options)
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
     ):
         """Around one call of the UNet."""
-        options = transformer_options
-        if self._is_on(executor.class_obj, t):
-            replace = options.get("patches_replace", {})
-            attn2 = dict(replace.get("attn2", {}))
-            rows = rows_of(
-                self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
-            )
-            options = tracing(options, executor.class_obj.diffusion_model)
-            call = _Call(self, options, len(x), _known(rows, len(x), options))
-            if self.steps is not None:
-                call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
-            for layer in self.layers:
-                before = attn2.get(layer) or attn2.get(layer[:2])
-                attn2[layer] = _Replacement(call, layer, before)
-            options = {**options, "patches_replace": {**replace, "attn2": attn2}}
+        options, unet = transformer_options, executor.class_obj.diffusion_model
+        if not self._is_on(executor.class_obj, t):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        rows = rows_of(self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs})
+        call = Call(self, options, x, known(rows, len(x), options))
+        if self.steps is not None:
+            call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
+        if is_compiled(unet, options):
+            with forwards(call, unet, self.layers, options, x):
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        options = tracing(options, unet)
+        replace = options.get("patches_replace", {})
+        attn2 = dict(replace.get("attn2", {}))
+        for layer in self.layers:
+            before = attn2.get(layer) or attn2.get(layer[:2])
+            attn2[layer] = Replacement(call, layer, before)
+        options = {**options, "patches_replace": {**replace, "attn2": attn2}}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def tell(self, name: str, count: int, total: int) -> None:
@@ -144,7 +145,7 @@ class StyleAttention:
     # --- keys and values by rows
 
     def rows(self, layer: Layer, sides: tuple[int, ...], frames: tuple[int, ...], device, dtype) -> KeysValues:
-        """Keys and values for the rows of a batch, made once for each arrangement.
+        """Keys and values for the rows of a batch, made once for each arrangement; dtype None leaves them as they are.
 
         Returns:
             (sides, tokens, width) where all pictures share their tokens, else (sides × frames, tokens, width).
@@ -164,6 +165,8 @@ class StyleAttention:
         return t[list(sides)].flatten(0, 1)
 
 
+<<<<<<< HEAD
+=======
 class _Call:
     """What all layers of one call of the UNet have in common, worked out once."""
 
@@ -272,6 +275,7 @@ class _Replacement:
         return out
 
 
+>>>>>>> main
 def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
     """`count` pictures along the second axis: one for all, or the last again where there are fewer."""
     return t.expand(-1, count, -1, -1) if t.shape[1] == 1 else t[:, list(nearest(range(count), t.shape[1]))]
