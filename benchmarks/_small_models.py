@@ -162,7 +162,7 @@ def _reference(channels: int, ndim: int = 4, count: int = 1, **others) -> Callab
 
 
 def _words(g) -> dict:
-    return {"attention_mask": torch.ones(1, TEXT)}
+    return {"attention_mask": torch.ones(1, TEXT, dtype=torch.long)}
 
 
 def _zero123(config):
@@ -197,7 +197,7 @@ PICTURES = (
     Variant("AuraFlow", "AuraFlow", {"max_seq": 1024, "cond_seq_dim": 32, "n_double_layers": 1, "n_layers": 2,
             "dim": 64, "n_heads": 2, "global_conddim": 64}, (4, 8, 8)),
     Variant("PixArt alpha", "PixArtAlpha", {"image_model": "pixart_alpha", "num_heads": 2, "patch_size": 2,
-            "hidden_size": 32, "in_channels": 4, "depth": 2, "caption_channels": 32, "input_size": 8,
+            "hidden_size": 96, "in_channels": 4, "depth": 2, "caption_channels": 32, "input_size": 8,
             "pe_interpolation": 1, "micro_condition": True, "model_max_length": TEXT}, (4, 48, 48)),
     Variant("PixArt sigma", "PixArtSigma", {"image_model": "pixart_sigma", "num_heads": 2, "patch_size": 2,
             "hidden_size": 32, "in_channels": 4, "depth": 2, "caption_channels": 32, "input_size": 8,
@@ -242,10 +242,10 @@ PICTURES = (
             more=pooled(24, conditioning_llama3=(1, 2, TEXT, 32))),
     Variant("Omnigen 2", "Omnigen2", _OMNI, (16, 8, 8), both=_words),
     Variant("Omnigen 2, a reference", "Omnigen2", _OMNI, (16, 8, 8),
-            both=_reference(16, attention_mask=torch.ones(1, TEXT))),
+            both=_reference(16, attention_mask=torch.ones(1, TEXT, dtype=torch.long))),
     Variant("Boogu, a reference", "Boogu", {**{k: v for k, v in _OMNI.items() if k != "text_feat_dim"},
             "image_model": "boogu", "instruction_feat_dim": 32, "num_double_stream_layers": 1}, (16, 8, 8),
-            both=_reference(16, attention_mask=torch.ones(1, TEXT))),
+            both=_reference(16, attention_mask=torch.ones(1, TEXT, dtype=torch.long))),
     Variant("Ideogram 4", "Ideogram4", {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2,
             "num_attention_heads": 2, "attention_head_dim": 16, "intermediate_size": 48, "adaln_dim": 16,
             "mrope_section": (4, 2, 2)}, (128, 4, 6), text=53248),

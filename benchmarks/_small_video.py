@@ -90,7 +90,7 @@ OTHERS = (
             "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True, "patch_embed_bias": True,
             "posenc_preserve_area": True, "timestep_mlp_bias": True, "attend_to_padding": False,
             "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": 32, "t5_token_length": TEXT,
-            "rope_theta": 10000.0}, (12, 3, 8, 8), both=lambda g: {"attention_mask": torch.ones(1, TEXT)}),
+            "rope_theta": 10000.0}, (12, 3, 8, 8), both=_mask),
     Variant("LTX-Video", "LTXV", _LTX, (128, 3, 4, 4), both=_mask),
     Variant("LTX-Video, first frame kept", "LTXV", _LTX, (128, 3, 4, 4), mask=True, both=_mask),
     Variant("HunyuanVideo", "HunyuanVideo", _HUNYUAN, (16, 3, 8, 8), more=pooled(24)),

@@ -48,6 +48,8 @@ def lora_for(model, seed: int, only: str) -> dict[str, torch.Tensor]:
         if not re.search(only, name):
             continue
         weight = module.weight
+        if not weight.numel():
+            continue
         flat = weight.reshape(weight.shape[0], -1)
         down = torch.randn(2, flat.shape[1], generator=generator).reshape(2, *weight.shape[1:])
         up = torch.randn(weight.shape[0], 2, generator=generator)

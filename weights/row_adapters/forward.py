@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from .low_rank import LowRankTerm, Observer
-from .rows import UnknownRows, spans
+from .layouts import Layouts, Split
+from .rows import BATCH, ONE_FOR_ALL, UnknownRows, spans
 from .terms import Term
 
 REPEATED = ".attn2."  # the layers of a UNet's cross-attention, whose rows a patch may repeat
@@ -20,34 +22,41 @@ class ModelCall:
     Attributes:
         order: The branch of each chunk of the batch.
         batch: Rows of the model's input.
-        tiled: See `rows.spans`.
-        strengths: Branch → one entry for each source of its terms (see `Term`).
+        layouts: How they are arranged in the layers of this model.
+        strengths: Branch -> one entry for each source of its terms (see `Term`).
         acting: The branches with a term that does something in this call.
         called: Where layers note their names, or None.
-        observers: Branch → who notes which layers share an input, or None.
-        repeats: Rows of a cross-attention whose rows another node repeats → the branch of each.
+        observers: Branch -> who notes which layers share an input, or None.
+        repeats: Rows of a cross-attention whose rows another node repeats -> the branch of each.
+        seen: Told of every layer's name and input before it runs, or None.
     """
 
-    def __init__(self):
+    def __init__(self, layouts: Layouts | None = None):
         self.active = False
         self.order: tuple[int, ...] = ()
         self.batch = 0
-        self.tiled = False
+        self.layouts = layouts or Layouts()
         self.strengths: dict[int, tuple] = {}
         self.acting: tuple[int, ...] = ()
         self.called: set[str] | None = None
         self.observers: dict[int, Observer] | None = None
         self.repeats: dict[int, tuple[int, ...]] = {}
+        self.seen: Callable[[str, torch.Tensor], None] | None = None
         self._runs: dict[object, tuple] = {}
 
     def set_rows(
-        self, order: tuple[int, ...], batch: int, tiled: bool, strengths: dict[int, tuple], acting: tuple[int, ...]
+        self, order: tuple[int, ...], batch: int, strengths: dict[int, tuple], acting: tuple[int, ...]
     ) -> None:
         """What the next call is made of."""
-        self.order, self.batch, self.tiled = order, batch, tiled
+        if (order, batch, acting) != (self.order, self.batch, self.acting) or self.repeats:
+            self.forget()
+        self.order, self.batch = order, batch
         self.strengths, self.acting = strengths, acting
+
+    def forget(self) -> None:
+        """Have the rows of all layers worked out anew."""
+        self._runs = {}
         self.repeats = {}
-        self._runs.clear()
 
     def repeat(self, places: tuple[int, ...]) -> None:
         """From now on, in this call: the rows of a cross-attention are copies of these rows of the batch. None: it is
@@ -58,20 +67,48 @@ class ModelCall:
             raise UnknownRows(len(order), self.batch)  # two layers, as many rows, and not the same ones
         self.repeats[len(order)] = order
 
-    def runs(self, rows: int, name: str = "") -> tuple:
-        """Runs of rows of the acting branches in one layer, worked out once for each number of rows."""
-        key = (rows, rows in self.repeats and REPEATED in name)
+    @contextlib.contextmanager
+    def only(self, branch: int, batch: int):
+        """While open: the batch is these rows of one branch."""
+        before = self.order, self.batch, self.repeats, self._runs
+        self.order, self.batch, self.repeats, self._runs = (branch,), batch, {}, {}
+        try:
+            yield
+        finally:
+            self.order, self.batch, self.repeats, self._runs = before
+
+    def runs(self, x: torch.Tensor, name: str = "") -> tuple[int, tuple]:
+        """(axis, runs of rows of the acting branches along it) in one layer, worked out once for each shape."""
+        key = (name, x.shape)
         found = self._runs.get(key)
         if found is None:
-            found = self._runs[key] = self.fresh_runs(rows, name)
+            found = self.fresh_runs(x, name)
+            if not (self.repeats and REPEATED in name):
+                self._runs[key] = found
         return found
 
-    def fresh_runs(self, rows: int, name: str = "") -> tuple:
+    def fresh_runs(self, x: torch.Tensor, name: str = "") -> tuple[int, tuple]:
         """The same, kept nowhere: for a compiled graph."""
-        order, batch = self.order, self.batch
+        layout = self.layouts.of(name)
+        order, batch, axis = self.order, self.batch, layout.axis
+        if len(order) == 1:
+            axis = 0
+        if axis and x.ndim <= axis + 1:
+            raise UnknownRows(x.shape[0], batch, name)
+        rows = x.shape[axis]
         if rows in self.repeats and REPEATED in name:
-            order, batch = self.repeats[rows], rows
-        return tuple(run for run in spans(order, batch, rows, self.tiled) if run[0] in self.acting)
+            order, batch, layout = self.repeats[rows], rows, BATCH
+        try:
+            found = spans(order, batch, rows, layout)
+        except UnknownRows:
+            raise UnknownRows(rows, batch, name) from None
+        return axis, tuple(run for run in found if run[0] in self.acting)
+
+    def for_each(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """An input whose one row is everybody's, once for each row of the batch; any other as it is."""
+        if x.shape[0] == 1 and len(set(self.order)) > 1 and self.layouts.of(name).kind == ONE_FOR_ALL.kind:
+            return x.expand(self.batch, *x.shape[1:])
+        return x
 
 
 def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Term]], call: ModelCall) -> Callable:
@@ -87,20 +124,24 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
 
     def run(x, *args, **kwargs):
         if not call.active:
+            if call.seen is not None:
+                call.seen(name, x)
             return forward(x, *args, **kwargs)
+        x = call.for_each(name, x)
         # Nearly every layer of guidance, in every call but the first.
         if simple and call.called is None and not torch.compiler.is_compiling():
-            runs = call.runs(x.shape[0], name)
+            axis, runs = call.runs(x, name)
             y = forward(x, *args, **kwargs)
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
-                    term.add(x, x.narrow(0, start, length), y.narrow(0, start, length), call.strengths[branch])
+                    term.add(x, x.narrow(axis, start, length), y.narrow(axis, start, length), call.strengths[branch])
             return y
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
             call.called.add(name)
-        runs = tuple(run for run in call.fresh_runs(x.shape[0], name) if run[0] in terms)
+        axis, runs = call.fresh_runs(x, name)
+        runs = tuple(run for run in runs if run[0] in terms)
         if not runs:
             return forward(x, *args, **kwargs)
 
@@ -110,21 +151,21 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
         # What changes the input does so from the last term to the first: the last was merged last.
         inputs, changed = {}, None
         for branch, start, length in runs:
-            rows = x.narrow(0, start, length)
+            rows = x.narrow(axis, start, length)
             before = []
             for term in reversed(terms[branch]):
                 before.append(rows)
                 rows = term.enter(rows, call.strengths[branch])
-            inputs[start] = before[::-1]
+            inputs[branch, start] = before[::-1]
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
-                changed.narrow(0, start, length).copy_(rows)
+                changed.narrow(axis, start, length).copy_(rows)
         y = base(x if changed is None else changed)
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
-            out, strengths = y.narrow(0, start, length), call.strengths[branch]
-            for term, rows in zip(terms[branch], inputs[start], strict=True):
+            out, strengths = y.narrow(axis, start, length), call.strengths[branch]
+            for term, rows in zip(terms[branch], inputs[branch, start], strict=True):
                 if isinstance(term, LowRankTerm):
                     if watched and call.observers is not None:
                         call.observers[branch].see(term, x)
@@ -136,6 +177,44 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
     return run
 
 
+def forward_by_branch(forward: Callable, by_rows: tuple[int | str, ...], call: ModelCall) -> Callable:
+    """A forward that runs once for each run of rows of one branch, and lays the results behind each other.
+
+    Args:
+        by_rows: See `Split`.
+    """
+
+    def run(*args, **kwargs):
+        if not call.active or len(set(call.order)) == 1:
+            return forward(*args, **kwargs)
+        parts = []
+        for branch, start, length in spans(call.order, call.batch, call.batch):
+
+            def cut(place, value):
+                if place not in by_rows or not isinstance(value, torch.Tensor):
+                    return value
+                times, rest = divmod(value.shape[0], call.batch)
+                if rest or not times:
+                    raise UnknownRows(value.shape[0], call.batch)
+                return value.narrow(0, start * times, length * times)
+
+            mine = [cut(place, value) for place, value in enumerate(args)]
+            named = {name: cut(name, value) for name, value in kwargs.items()}
+            with call.only(branch, length):
+                parts.append(forward(*mine, **named))
+        return _behind_each_other(parts)
+
+    return run
+
+
+def _behind_each_other(parts: list):
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], (tuple, list)):
+        return type(parts[0])(_behind_each_other(list(each)) for each in zip(*parts, strict=True))
+    return parts[0]
+
+
 class LayersWithTerms:
     """Puts terms into the layers of a model and takes them out again, as often as wanted.
 
@@ -143,26 +222,37 @@ class LayersWithTerms:
         find: A layer's name → the module.
         terms: A layer's name → branch → terms. Read when they are put in.
         call: Shared by all layers of the model.
+        splits: (the module's name, what is split in it) for the parts that run for each branch alone.
     """
 
-    def __init__(self, find: Callable[[str], torch.nn.Module], terms: Mapping[str, Mapping], call: ModelCall):
-        self._find, self._terms, self._call = find, terms, call
-        self._changed: list[tuple[torch.nn.Module, Callable, Callable | None]] = []
+    def __init__(
+        self,
+        find: Callable[[str], torch.nn.Module],
+        terms: Mapping[str, Mapping],
+        call: ModelCall,
+        splits: Iterable[tuple[str, Split]] = (),
+    ):
+        self._find, self._terms, self._call, self._splits = find, terms, call, tuple(splits)
+        self._changed: list[tuple[torch.nn.Module, str, Callable, Callable | None]] = []
 
     def put_in(self) -> None:
         for name, terms in self._terms.items():
-            module = self._find(name)
-            before = module.__dict__.get("forward")
-            made = forward_with_terms(name, module.forward, terms, self._call)
-            self._changed.append((module, made, before))
-            module.forward = made
+            self._call.layouts.of(name)  # looked up here, so that a compiled graph only reads it
+            self._put(self._find(name), "forward", lambda old: forward_with_terms(name, old, terms, self._call))
+        for name, split in self._splits:
+            self._put(self._find(name), split.method, lambda old: forward_by_branch(old, split.by_rows, self._call))
+
+    def _put(self, module: torch.nn.Module, method: str, make: Callable[[Callable], Callable]) -> None:
+        before, made = module.__dict__.get(method), make(getattr(module, method))
+        self._changed.append((module, method, made, before))
+        setattr(module, method, made)
 
     def take_out(self) -> None:
-        for module, made, before in self._changed:
-            if module.__dict__.get("forward") is not made:
+        for module, method, made, before in self._changed:
+            if module.__dict__.get(method) is not made:
                 continue  # what was put in below this one was taken out first, and this one with it
             if before is None:
-                del module.forward
+                delattr(module, method)
             else:
-                module.forward = before
+                setattr(module, method, before)
         self._changed.clear()

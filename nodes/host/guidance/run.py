@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
+from ....weights.row_adapters.layouts import Layouts, Split, layouts_of
 from ....weights.row_adapters.low_rank import Observer, SharedInput
-from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
+from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..repeated_rows import tracing
@@ -19,6 +21,7 @@ from ..lora_patches import find_module, some
 from .plan import Plan
 
 KEY = "styleloom_branches"
+_NET = "diffusion_model"
 
 
 class NormsNotRun(Exception):
@@ -27,6 +30,24 @@ class NormsNotRun(Exception):
     def __init__(self, names: list[str]):
         super().__init__(f"{len(names)} norms were not called")
         self.names = names
+
+
+def split_points(model, layouts: Layouts, names: Iterable[str]) -> list[tuple[str, Split]]:
+    """The parts of a model that have to be run for each side alone, of those that have one of the layers `names`.
+
+    Args:
+        model: The host's BaseModel.
+        layouts: Of its net.
+    """
+    found = []
+    for split in layouts.splits:
+        for name, _ in model.diffusion_model.named_modules():
+            whole = f"{_NET}.{name}" if name else _NET
+            if (name == split.module if not split.module else re.search(split.module, name)) and any(
+                layer.startswith(f"{whole}.") for layer in names
+            ):
+                found.append((whole, split))
+    return found
 
 
 class BranchRun:
@@ -76,8 +97,14 @@ class BranchRun:
     @contextlib.contextmanager
     def _injected(self, patcher):
         """As one of the host's injections, which it takes out and puts back when hooks change weights in between."""
-        call = self._calls[id(patcher.model)] = ModelCall()
-        layers = LayersWithTerms(lambda name: find_module(patcher.model, name), self._plan.terms, call)
+        layouts = layouts_of(patcher.model.diffusion_model)
+        call = self._calls[id(patcher.model)] = ModelCall(layouts)
+        layers = LayersWithTerms(
+            lambda name: find_module(patcher.model, name),
+            self._plan.terms,
+            call,
+            split_points(patcher.model, layouts, self._plan.terms),
+        )
         patcher.set_injections(KEY, [PatcherInjection(lambda _: layers.put_in(), lambda _: layers.take_out())])
         others = patcher.is_injected
         try:
@@ -117,16 +144,12 @@ class BranchRun:
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
-        rows = rows_of(self.sides, options, x.shape[0], given)
-        if rows is None:
-            raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
+        order = self._order(options, x.shape[0], given, call.layouts)
         strengths = self._strengths(t, options)
-        inner = executor.class_obj.diffusion_model
-        options = tracing(options, inner, call.repeat)
+        options = tracing(options, executor.class_obj.diffusion_model, call.repeat)
         call.set_rows(
-            rows.sides,
+            order,
             x.shape[0],
-            type(inner).__name__ in TILED,
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
@@ -144,6 +167,16 @@ class BranchRun:
         if observers is not None:
             self._learn(observers, called)
         return result
+
+    def _order(self, options: Mapping, batch: int, given: Mapping, layouts: Layouts) -> tuple[int, ...]:
+        """The side of each run of rows, as the model's layers get them."""
+        rows = rows_of(self.sides, options, batch, given)
+        if rows is not None and len(set(rows.sides)) == 1:
+            return rows.sides[:1]
+        mixed = rows is None or any(given.get(name) is not None for name in layouts.apart)
+        if mixed or layouts.swaps and not (rows.plain and len(rows.sides) == 2):
+            raise UnknownRows(batch, len(options.get("cond_or_uncond") or [0]))
+        return rows.sides[::-1] if layouts.swaps else rows.sides
 
     def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
         """After the first pass: which layers share an input, and which were not called by the model."""
