@@ -96,7 +96,7 @@ _UNET = {
     "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "adm_in_channels": None,
     "use_linear_in_transformer": False, "context_dim": 32, "num_heads": 4,
 }  # fmt: skip
-_XL = {**_UNET, "num_classes": "sequential", "use_linear_in_transformer": True, "num_head_channels": 16}
+_XL = {**_UNET, "model_channels": 64, "num_classes": "sequential", "use_linear_in_transformer": True, "num_head_channels": 16}
 _XL.pop("num_heads")
 _VIDEO = {**_XL, "use_temporal_attention": True, "use_temporal_resblock": True, "in_channels": 8}
 _FLUX = {
@@ -176,7 +176,7 @@ def _zero123(config):
 PICTURES = (
     Variant("SD1.5", "SD15", _UNET, (4, 8, 12)),
     Variant("SD1.5, four latents", "SD15", _UNET, (4, 8, 8), batch=4),
-    Variant("SD2.1", "SD20", {**_UNET, "use_linear_in_transformer": True}, (4, 8, 12)),
+    Variant("SD2.1", "SD20", {**_UNET, "use_linear_in_transformer": True, "model_channels": 64}, (4, 8, 12)),
     Variant("SD1.5 instruct-pix2pix", "SD15_instructpix2pix", {**_UNET, "in_channels": 8}, (4, 8, 12)),
     Variant("SDXL", "SDXL", {**_XL, "adm_in_channels": 48 + 1536}, (4, 8, 12), more=pooled(48)),
     Variant("SDXL refiner", "SDXLRefiner", {**_XL, "adm_in_channels": 48 + 1280}, (4, 8, 12), more=pooled(48)),
@@ -246,9 +246,6 @@ PICTURES = (
     Variant("Boogu, a reference", "Boogu", {**{k: v for k, v in _OMNI.items() if k != "text_feat_dim"},
             "image_model": "boogu", "instruction_feat_dim": 32, "num_double_stream_layers": 1}, (16, 8, 8),
             both=_reference(16, attention_mask=torch.ones(1, TEXT, dtype=torch.long))),
-    Variant("Ideogram 4", "Ideogram4", {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2,
-            "num_attention_heads": 2, "attention_head_dim": 16, "intermediate_size": 48, "adaln_dim": 16,
-            "mrope_section": (4, 2, 2)}, (128, 4, 6), text=53248),
     Variant("Krea 2", "Krea2", {"image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 16, "heads": 4,
             "kvheads": 2, "layers": 2, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2, "patch": 2, "channels": 16},
             (16, 1, 8, 8)),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .rows import BATCH, EACH, ONE_FOR_ALL, ONE_MORE, TILED, Layout
+from .rows import BATCH, CHUNKS, EACH, ONE_FOR_ALL, ONE_MORE, TILED, Layout
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ _EXPERTS = r"\.ff_i$"
 _TABLE: Mapping[str, Layouts] = {
     # comfy/ldm/modules/diffusionmodules/openaimodel.py, cascade, modules/diffusionmodules/mmdit.py, aura, audio
     **dict.fromkeys(
-        ("UNetModel", "StageC", "StageB", "OpenAISignatureMMDITWrapper", "MMDiT", "AudioDiffusionTransformer"),
+        ("StageC", "StageB", "OpenAISignatureMMDITWrapper", "MMDiT", "AudioDiffusionTransformer"),
         Layouts(),
     ),
+    "UNetModel": Layouts(((r"\.time_(stack|mixer|pos_embed)\.", CHUNKS),)),  # the frames of SVD are latents
     **dict.fromkeys(("Flux", "NextDiT", "QwenImageTransformer2DModel", "LensTransformer2DModel"), _REFERENCES),
     # lumina/model.py: one row for each patch
     "NextDiTPixelSpace": Layouts(((r"(^|\.)dec_net\.", EACH), (r"", TILED))),

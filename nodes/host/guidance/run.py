@@ -67,6 +67,7 @@ class BranchRun:
         self._shared: list[SharedInput] = []
         self._apart = False
         self._observed = False
+        self._prepared: set[str] = set()
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):
@@ -115,6 +116,43 @@ class BranchRun:
             layers.take_out()
             patcher.remove_injections(KEY)
             patcher.is_injected = others
+
+    @contextlib.contextmanager
+    def preparing(self, model, sigmas: torch.Tensor):
+        """While open: layers that the host runs to prepare a conditioning have the terms of its side, at the strength
+        of the first sigma. (Anima, LTX-2 and MiniMax-H3 run a part of the model on the prompt, once.)
+
+        Args:
+            model: The BaseModel of the run.
+            sigmas: Of the run.
+        """
+        call, inner, before = self._calls[id(model)], model.extra_conds, model.__dict__.get("extra_conds")
+        strengths = self._strengths(sigmas[:1], {"sample_sigmas": sigmas}) if len(sigmas) else {}
+        acting = tuple(side for side, each in strengths.items() if any(each))
+
+        def extra_conds(**kwargs):
+            call.set_rows((self.sides.of_conditioning(kwargs),), 1, strengths, acting)
+            call.active, call.called = True, self._prepared
+            try:
+                return inner(**kwargs)
+            finally:
+                call.active, call.called = False, None
+
+        model.extra_conds = extra_conds
+        try:
+            yield
+        finally:
+            if before is None:
+                del model.extra_conds
+            else:
+                model.extra_conds = before
+            if self._prepared:
+                logging.info(
+                    "StyleLoom: Asymmetric CFG: %d of the LoRAs' layers prepare the prompts, each with the LoRAs of its "
+                    "side: %s",
+                    len(self._prepared),
+                    some(sorted(self._prepared)),
+                )
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
@@ -181,7 +219,7 @@ class BranchRun:
     def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
         """After the first pass: which layers share an input, and which were not called by the model."""
         self._observed = True
-        idle = self._plan.terms.keys() - called
+        idle = self._plan.terms.keys() - called - self._prepared
         norms = sorted(idle & self._plan.norms.keys())
         if norms:
             raise NormsNotRun(norms)
