@@ -48,6 +48,7 @@ def made(variant: Variant, seed: int = 0):
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, variant.config)(dict(variant.net))
+    config.unet_config.update(variant.net)  # the host's classes write some sizes out
     config.set_inference_dtype(torch.float32, None)
     model = variant.build(config) if variant.build else config.get_model({}, "")
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +66,7 @@ def made(variant: Variant, seed: int = 0):
                 value = 0.05 * noise
             parameter.copy_(value.to(parameter.dtype))
         for name, buffer in model.named_buffers():
-            if name.endswith("pos_embed"):  # the host loads it
+            if name.endswith(("pos_embed", "y_embedding", "inv_freq")):  # the host loads them
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model.eval()
 
@@ -246,6 +247,9 @@ PICTURES = (
     Variant("Boogu, a reference", "Boogu", {**{k: v for k, v in _OMNI.items() if k != "text_feat_dim"},
             "image_model": "boogu", "instruction_feat_dim": 32, "num_double_stream_layers": 1}, (16, 8, 8),
             both=_reference(16, attention_mask=torch.ones(1, TEXT, dtype=torch.long))),
+    Variant("Ideogram 4", "Ideogram4", {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2,
+            "num_attention_heads": 2, "attention_head_dim": 16, "intermediate_size": 48, "adaln_dim": 16,
+            "llm_features_dim": 32, "mrope_section": [4, 2, 2]}, (128, 4, 6)),
     Variant("Krea 2", "Krea2", {"image_model": "krea2", "features": 64, "tdim": 16, "txtdim": 16, "heads": 4,
             "kvheads": 2, "layers": 2, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2, "patch": 2, "channels": 16},
             (16, 1, 8, 8)),

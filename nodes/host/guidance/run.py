@@ -13,6 +13,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_wi
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.layouts import Layouts, Split, layouts_of
 from ....weights.row_adapters.low_rank import Observer, SharedInput
+from ....weights.row_adapters.probe import Seen, changed, layouts_found
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
@@ -22,6 +23,7 @@ from .plan import Plan
 
 KEY = "styleloom_branches"
 _NET = "diffusion_model"
+_OURS = "styleloom_"
 
 
 class NormsNotRun(Exception):
@@ -68,6 +70,8 @@ class BranchRun:
         self._apart = False
         self._observed = False
         self._prepared: set[str] = set()
+        self._unlisted: set[int] = set()
+        self._found: dict[tuple, Layouts] = {}
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):
@@ -100,6 +104,8 @@ class BranchRun:
         """As one of the host's injections, which it takes out and puts back when hooks change weights in between."""
         layouts = layouts_of(patcher.model.diffusion_model)
         call = self._calls[id(patcher.model)] = ModelCall(layouts)
+        if not layouts.known:
+            self._unlisted.add(id(patcher.model))
         layers = LayersWithTerms(
             lambda name: find_module(patcher.model, name),
             self._plan.terms,
@@ -183,6 +189,8 @@ class BranchRun:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
         order = self._order(options, x.shape[0], given, call.layouts)
+        if id(executor.class_obj) in self._unlisted and len(order) > 1:
+            self._find_layouts(executor, call, order, (x, t, c_concat, c_crossattn, control, options, kwargs))
         strengths = self._strengths(t, options)
         options = tracing(options, executor.class_obj.diffusion_model, call.repeat)
         call.set_rows(
@@ -215,6 +223,43 @@ class BranchRun:
         if mixed or layouts.swaps and not (rows.plain and len(rows.sides) == 2):
             raise UnknownRows(batch, len(options.get("cond_or_uncond") or [0]))
         return rows.sides[::-1] if layouts.swaps else rows.sides
+
+    def _find_layouts(self, executor, call: ModelCall, order: tuple[int, ...], given: tuple) -> None:
+        """A class of models that the table does not know: see `probe.py`.
+
+        Raises:
+            UnknownRows: a layer stays unknown, or the model cannot be run once more in between: what other nodes have
+                put on it may count the calls, and a control's tensors are used up by one.
+        """
+        x, _, _, _, control, options, _ = given
+        batch, key = x.shape[0], (x.shape, order)
+        if key in self._found:
+            if call.layouts is not self._found[key]:
+                call.layouts = self._found[key]
+                call.forget()
+            return
+        others = [name for kind in (options.get("wrappers") or {}).values() for name in kind if not str(name).startswith(_OURS)]
+        if control is not None or others or options.get("patches") or options.get("patches_replace"):
+            raise UnknownRows(batch, batch, f"{type(executor.class_obj.diffusion_model).__name__}, with other nodes on it")
+        seen = {}
+        try:
+            for branch in (None, POSITIVE, NEGATIVE):
+                call.seen = seen[branch] = Seen()
+                x, t, c_concat, c_crossattn, _, _, kwargs = given
+                x, t, c_concat, c_crossattn = (
+                    changed(value, order, batch, branch) for value in (x, t, c_concat, c_crossattn)
+                )
+                kwargs = {name: changed(value, order, batch, branch) for name, value in kwargs.items()}
+                executor(x, t, c_concat, c_crossattn, None, dict(options), **kwargs)
+        finally:
+            call.seen = None
+        call.layouts = self._found[key] = layouts_found(seen, order, batch)
+        call.forget()
+        logging.info(
+            "StyleLoom: Asymmetric CFG: %s is not in the table of models; three more calls of it have shown that both "
+            "sides can run in one batch",
+            type(executor.class_obj.diffusion_model).__name__,
+        )
 
     def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
         """After the first pass: which layers share an input, and which were not called by the model."""
