@@ -2,7 +2,7 @@
 
     python benchmarks/asymmetric_models.py                    # all of them, a few minutes on a CPU
     python benchmarks/asymmetric_models.py krea pixart        # those whose name has one of the words
-    python benchmarks/asymmetric_models.py --write web/docs/asymmetric_models.md
+    python benchmarks/asymmetric_models.py --write benchmarks/asymmetric_models.md
 
 Each model is made at a tiny width with seeded weights. Both sides get a LoRA on every layer. The truth: two models that
 share nothing, one with the positive LoRA merged by ComfyUI and one with the negative, each sampled alone, and guidance
@@ -225,7 +225,7 @@ def main() -> None:
 def page(lines: list[str], total: str) -> str:
     head = (
         "# Asymmetric CFG on the models that ComfyUI knows\n\n"
-        "Made by `python benchmarks/asymmetric_models.py --write web/docs/asymmetric_models.md`. Each model is made at "
+        "Made by `python benchmarks/asymmetric_models.py --write benchmarks/asymmetric_models.md`. Each model is made at "
         "a tiny width with seeded weights; both sides have a LoRA on every layer. *Error* is the distance to two models "
         "that share nothing, each with its own LoRA merged by ComfyUI, relative to the size of the result. *Symmetric* "
         "is the same distance of plain CFG with the positive LoRA on both sides. *Calls* is the number of calls of the "
