@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""StyleLoom's two commands. Standard library only, Python 3.10 or later, Linux, macOS and Windows.
+"""StyleLoom's commands. Standard library only, Python 3.10 or later, Linux, macOS and Windows.
 
     python run.py demo [--serve] [--port N]       make a LoRA from reference images and a picture with it
     python run.py test [--no-browser] [args …]    run every test; args go to pytest (tests/unit, -k name, …)
+    python run.py convert-workflow FILE [--out F] rewrite a workflow of IPAdapter Plus to StyleLoom's nodes
 
-Both prepare what is missing first, and say what they do. Before a package of the system is installed as root they ask;
+The last one reads one file and writes another. The others prepare what is missing first, and say what they do. Before a package of the system is installed as root they ask;
 --yes says yes beforehand, and so does CI=true in the environment. Which ComfyUI: COMFYUI_PATH if set; else the one
 in whose custom_nodes this folder lies; else a checked copy from the package index, under .host. Which Python:
 the active one if it has what that ComfyUI needs; else .venv, made once. The host runs with a base directory of
@@ -24,19 +25,18 @@ if sys.version_info < (3, 10):
     sys.exit("StyleLoom needs Python 3.10 or later; this is " + sys.version.split()[0])
 
 
-def _load_runner() -> None:
-    """Imports the folder tests/runner/ as the package `styleloom_runner`, without a change to sys.path."""
-    if "styleloom_runner" in sys.modules:
+def _load_package(name: str, folder: Path) -> None:
+    """Imports a folder as a package of another name, without a change to sys.path."""
+    if name in sys.modules:
         return
-    folder = Path(__file__).resolve().parent / "tests" / "runner"
     spec = importlib.util.spec_from_file_location(
-        "styleloom_runner", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    sys.modules["styleloom_runner"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["styleloom_runner"])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
-_load_runner()
+_load_package("styleloom_runner", Path(__file__).resolve().parent / "tests" / "runner")
 
 from styleloom_runner import browser, environment, host, parts  # noqa: E402
 from styleloom_runner.common import DEMO, ROOT, WORK, YES, StepFailed, as_command, await_all, lock, say  # noqa: E402
@@ -78,6 +78,24 @@ def test(arguments: list[str]) -> int:
     return parts.run(found, env, parts.parts_of(arguments))
 
 
+def load_convert() -> None:
+    """Imports the folder workflows/convert/ as the package `styleloom_convert`."""
+    _load_package("styleloom_convert", ROOT / "workflows" / "convert")
+
+
+def convert_workflow(path: Path, out: Path | None, base: str | None) -> int:
+    """Rewrites a workflow of IPAdapter Plus; says what was done and what has no counterpart."""
+    load_convert()
+    from styleloom_convert.command import main as convert
+    from styleloom_convert.graph import Unreadable
+
+    try:
+        say(convert(path, out, base))
+    except Unreadable as error:
+        raise StepFailed(str(error)) from error
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
     return as_command(lambda: _command(arguments))
@@ -89,6 +107,8 @@ def _command(arguments: list[str]) -> int:
     if arguments[:1] == ["test"] and not {"-h", "--help"} & set(arguments):
         return test(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.command == "convert-workflow":
+        return convert_workflow(options.file, options.out, options.base)
     return demo(options.serve, options.port, options.workflow.absolute())
 
 
@@ -104,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--no-browser", action="store_true", help="leave out the tests that need a Chromium")
     two.add_argument("--yes", action="store_true", help="install packages of the system without asking, if need be")
     two.add_argument("arguments", nargs="*", help="anything else goes to pytest; without a path it gets `tests`")
+    three = commands.add_parser("convert-workflow", help="rewrite a workflow of IPAdapter Plus to StyleLoom's nodes")
+    three.add_argument("file", type=Path, help="a workflow (.json) as ComfyUI saves it, or in API format")
+    three.add_argument("--out", type=Path, help="where to write it (default: beside it, with _styleloom in its name)")
+    three.add_argument("--base", choices=("sdxl", "sd1.5"), help="which adapter files Unified Loader stands for "
+                       "(default: read from the workflow)")
     return parser
 
 

@@ -14,7 +14,7 @@ only tests/host run is judged by those, and its line says so.
 Run it with a Python that has what the tests need (`.venv/bin/python` after `python run.py test`). STYLELOOM_HOST
 names the ComfyUI folder; without it, the one that run.py put under .host is taken.
 
-First each tier runs once under a trace function, which notes the tests that run each line and their time. That is
+First each tier runs once with a mark before each statement, which notes the tests that run it and their time. That is
 kept, and used again until the code or the tests change. Then each mutant meets the tests that run its line, cheapest
 first, up to the first failure. A warm process with the host and torch forks for each (Linux; elsewhere, or with
 --no-fork, a new process starts each time, which takes far longer). Mutants are written only into copies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .asymmetric_cfg import AsymmetricCFGGuiderNode, AsymmetricCFGSamplerNode, LoRAStackNode
+from .asymmetric_cfg import AsymmetricCFGGuiderNode, AsymmetricCFGSamplerNode
 from .content_subtract import ContentSubtract
 from .host import folders
 from .i2l_encoders import EncodeReferences, GrayReferences, LoadImageEncoders
@@ -12,8 +12,11 @@ from .i2l_predictor import ImageToLoRA, LoadPredictor
 from .i2l_references import LoadReferences, SaveReferences
 from .lora_blocks import LoRABlockFilter
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
+from .lora_stack import LoRAStackNode
 from .merge_loras import MergeLoRAs
 from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
+from .style_encodings import LoadStyleEncoding, SaveStyleEncoding
+from .style_helpers import NoiseNegative, StyleWeights
 from .ziprank_merge import ZipRankMerge
 
 
@@ -35,6 +38,10 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeStyleImage,
     StyleBlockInjector,
     ContentSubtract,
+    StyleWeights,
+    NoiseNegative,
+    SaveStyleEncoding,
+    LoadStyleEncoding,
     LoRABlockFilter,
     ZipRankMerge,
     MergeLoRAs,

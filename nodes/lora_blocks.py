@@ -17,7 +17,7 @@ class LoRABlockFilter(io.ComfyNode):
             category=CATEGORY_LORA,
             description="Restricts a LoRA to the layers that make style, content or layout, or to layers that you "
             "name. A style LoRA that also brings its training subjects along keeps its style this way.",
-            search_aliases=["lora block weight", "b-lora", "lora layers", "style lora", "lbw"],
+            search_aliases=["lora block weight", "b-lora", "lora layers", "style lora", "lbw", "flux blocks"],
             inputs=[
                 LoRA.Input("lora", tooltip="From Load LoRA File or another node that gives a LoRA."),
                 io.Combo.Input(
@@ -25,7 +25,8 @@ class LoRABlockFilter(io.ComfyNode):
                     options=list(PRESETS),
                     default=PRESETS[0],
                     tooltip="Which layers are inside. Style blocks, content blocks and layout are known for SDXL, "
-                    "style and layout for SD1.5. Attention only and custom patterns work for every model.",
+                    "style and layout for SD1.5, style and content blocks for FLUX.1, there also without the two "
+                    "blocks at the border. Attention only and custom patterns work for every model.",
                 ),
                 io.Float.Input(
                     "inside",

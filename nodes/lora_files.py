@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..weights.lora.lora_model import LoRAModel
-from ..weights.lora.files import PRECISIONS, check_lora, save_lora
-from ..weights.tensor_file import read_header
+from ..weights.lora.files import PRECISIONS, save_lora
 from .host import folders
 from .host.apply_lora import apply_lora
+from .host.lora_file import load_lora_file, said_of_itself
+from .host.missing_keys import ERROR
+from .shared_inputs import missing_keys_input
 from .types import CATEGORY_LORA, LoRA
 
 
@@ -21,7 +21,7 @@ class LoadLoRA(io.ComfyNode):
             display_name="Load LoRA File",
             category=CATEGORY_LORA,
             description="Reads a LoRA file without applying it to a model: for nodes that work on the LoRA itself.",
-            search_aliases=["lora model", "open lora", "i2l bias"],
+            search_aliases=["lora model", "open lora", "i2l bias", "trigger words", "lora metadata"],
             inputs=[
                 folders.FileInput(
                     "lora_name",
@@ -33,7 +33,16 @@ class LoadLoRA(io.ComfyNode):
                 LoRA.Output(
                     display_name="lora",
                     tooltip="For Apply LoRA, Image-to-LoRA Predictor (bias_lora), and ComfyUI's Load LoRA Model.",
-                )
+                ),
+                io.String.Output(
+                    display_name="trigger_words",
+                    tooltip="Words that call for the LoRA, with commas between; nothing where the file names none.",
+                ),
+                io.String.Output(
+                    display_name="base_model",
+                    tooltip="What it was trained on: as the file says, else by the names and sizes of its layers.",
+                ),
+                io.String.Output(display_name="report", tooltip="What the file says of itself."),
             ],
         )
 
@@ -43,12 +52,9 @@ class LoadLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        path = folders.find(folders.LORAS, lora_name)
-        if path.endswith((".safetensors", ".sft")):
-            read_header(path)  # says what is wrong with a damaged file in better words than the library
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        check_lora(tensors, lora_name)
-        return io.NodeOutput(LoRAModel(tensors, metadata, lora_name))
+        lora = load_lora_file(lora_name)
+        words, base, report = said_of_itself(lora)
+        return io.NodeOutput(lora, words, base, report, ui=ui.PreviewText(report))
 
 
 class SaveLoRA(io.ComfyNode):
@@ -122,14 +128,17 @@ class ApplyLoRA(io.ComfyNode):
                     advanced=True,
                     tooltip="The same for the text encoder.",
                 ),
+                missing_keys_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A patched clone."),
                 io.Clip.Output(display_name="clip", tooltip="A patched clone, or nothing where no clip was given."),
-                io.String.Output(display_name="report", tooltip="How many weights are patched."),
+                io.String.Output(
+                    display_name="report", tooltip="How many weights are patched, and what was left out."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, lora, strength, clip=None, strength_clip=1.0) -> io.NodeOutput:
-        return io.NodeOutput(*apply_lora(model, clip, lora, strength, strength_clip))
+    def execute(cls, model, lora, strength, clip=None, strength_clip=1.0, missing_keys=ERROR) -> io.NodeOutput:
+        return io.NodeOutput(*apply_lora(model, clip, lora, strength, strength_clip, missing_keys))

@@ -14,6 +14,7 @@ from ..weights.merge.alignment import align, all_targets, check_sizes
 from ..weights.merge.methods import METHODS, Options
 from ..weights.merge.other_parts import folded_line, pass_other
 from ..weights.merge.several_loras import merge_many, pass_through_factors
+from ..weights.parallel import map_single_threaded
 from .host.merge import heat_map
 from .host.key_maps import model_targets
 from .host.progress import Steps
@@ -147,7 +148,8 @@ class MergeLoRAs(io.ComfyNode):
         notes: list[str] = []
         other = pass_other(read, pass_through_factors(method, weights), notes)
         family = known.family or read[0].family
-        sources = [report.describe(*item) for item in zip(read, given, weights)]
+        with map_single_threaded(report.fingerprint, given) as hashes:
+            sources = [report.describe(*each) for each in zip(read, given, weights, hashes, strict=True)]
         recipe = {
             "node": "Merge LoRAs",
             "method": method,

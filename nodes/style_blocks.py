@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
-import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
 from ..weights.errors import StyleLoomError
 from ..weights.unet import presets
-from ..weights.ip_adapter.formats import Adapter, recognise
-from ..weights.ip_adapter.keys_values import EACH, FUSIONS, SCALINGS, fuse, project
+from ..weights.ip_adapter.combine import parse_numbers, repeat_last
+from ..weights.ip_adapter.formats import recognise
+from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS, project
 from ..weights.tensor_file import read_header
 from .host import folders
 from .host.style.cross_attentions import check_fit
 from .host.progress import Steps
 from .host.style.attention import StyleAttention
-from .host.style.vision_output import FITS, encode_picture, features
+from .host.style.references import Tokens, masks_of, one_by_one
+from .host.style.report import injection_report, injection_settings
+from .host.style.step_weights import StepWeights
+from .host.style.vision_output import FITS, POSITIONS, encode_picture, places
 from .types import CATEGORY_STYLE, IPAdapter
 
 MAX_INPUTS = 64
@@ -57,6 +61,12 @@ class LoadIPAdapter(io.ComfyNode):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
         adapter = recognise(ipadapter_name, comfy.utils.load_torch_file(path, safe_load=True))
         logging.info("StyleLoom: %s is %s", ipadapter_name, adapter.label)
+        if adapter.ignored:
+            logging.warning(
+                "StyleLoom: %s also has what no IP-Adapter of this kind needs, and it is left out: %s",
+                ipadapter_name,
+                ", ".join(adapter.ignored),
+            )
         return io.NodeOutput(adapter)
 
 
@@ -79,20 +89,50 @@ class EncodeStyleImage(io.ComfyNode):
                     default="crop",
                     tooltip="The encoder sees squares. crop: the one in the middle, as published. pad: the whole "
                     "picture, smaller, with borders that the encoder takes for nothing. tiles: the whole picture as "
-                    "several squares, each of which counts as a reference.",
+                    "several squares, each of which counts as a reference. tiled: the same, and a picture that is "
+                    "nearly square as four quarters, as IPAdapter Tiled does.",
+                ),
+                io.Combo.Input(
+                    "position",
+                    options=list(POSITIONS),
+                    default=POSITIONS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only for crop: which square of the picture.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What of the picture the encoder sees: white all, black nothing, which is its mean colour.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Multiplies the encoding itself, before the adapter reads it, as IPAdapter Encoder does.",
                 ),
             ],
             outputs=[
                 io.ClipVisionOutput.Output(
                     display_name="encoded",
                     tooltip="For Style Block Injector, Content Subtract, and whatever takes a CLIP vision output.",
-                )
+                ),
+                io.Mask.Output(
+                    display_name="masks",
+                    tooltip="Where each square lies, for mask of Style Block Injector with fusion one per mask.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip_vision, image, fit) -> io.NodeOutput:
-        return io.NodeOutput(encode_picture(clip_vision, image, fit))
+    def execute(cls, clip_vision, image, fit, position=POSITIONS[0], mask=None, weight=1.0) -> io.NodeOutput:
+        encoded = encode_picture(clip_vision, image, fit, position, mask, weight)
+        return io.NodeOutput(encoded, places(image, fit))
 
 
 class StyleBlockInjector(io.ComfyNode):
@@ -129,8 +169,8 @@ class StyleBlockInjector(io.ComfyNode):
                     options=list(presets.PRESETS),
                     default=presets.STYLE,
                     tooltip="Which layers see the picture. style: only those of style. layout: only those of layout. "
-                    "all: every one, as IP-Adapter itself does. custom: those in block_weights. IPAdapter Plus: the "
-                    "layers that the pack of that name chooses; they differ on SD1.5.",
+                    "all: every one, as IP-Adapter itself does. custom: those in block_weights. precise: away from the "
+                    "picture's layout, or style, in the other blocks. IPAdapter Plus: that pack's weight types.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -188,7 +228,7 @@ class StyleBlockInjector(io.ComfyNode):
                     default=SCALINGS[0],
                     optional=True,
                     tooltip="V: the weight scales what the picture adds, as published. K+V: it also sharpens or "
-                    "flattens where the layers look at the picture.",
+                    "flattens where the layers look at the picture. by width: less in the narrow layers.",
                 ),
                 io.Combo.Input(
                     "fusion",
@@ -196,7 +236,8 @@ class StyleBlockInjector(io.ComfyNode):
                     default=FUSIONS[0],
                     optional=True,
                     tooltip="Several pictures. concat: the layers choose between all of them. average: their mean. one "
-                    "per picture: the first picture of a batch (or frame) gets the first, and so on.",
+                    "per picture: the first picture of a batch (or frame) gets the first, and so on. add, subtract, "
+                    "norm average, max, min: made into one. one per mask: each acts in its own mask.",
                 ),
                 io.String.Input(
                     "block_weights",
@@ -206,8 +247,40 @@ class StyleBlockInjector(io.ComfyNode):
                     tooltip="Only for preset custom. For example: output 1: 1, input 8: 0.5. Blocks have ComfyUI's "
                     "names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers (6).",
                 ),
+                io.Float.Input(
+                    "boost",
+                    default=1.0,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only for precise presets: how strongly the picture moves away from the reference in the "
+                    "blocks that are turned round. 0 is not at all.",
+                ),
+                io.String.Input(
+                    "reference_weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A weight for each reference, for example: 1, 0.5, 0.5. With one per picture: a weight for "
+                    "each picture or frame, also from Style Weights. Empty: 1 for all.",
+                ),
+                io.String.Input(
+                    "step_weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Weights over the schedule, from start_percent to end_percent with straight lines between "
+                    "them, for example: 1, 0.5, 0. Also from Style Weights. Empty: 1 throughout.",
+                ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A clone with the style, for the sampler.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="A clone with the style, for the sampler."),
+                io.String.Output(
+                    display_name="report", tooltip="What acts where: adapter, encoder, layers, references, repeats."
+                ),
+            ],
         )
 
     @classmethod
@@ -227,6 +300,9 @@ class StyleBlockInjector(io.ComfyNode):
         scaling=SCALINGS[0],
         fusion=FUSIONS[0],
         block_weights="",
+        boost=1.0,
+        reference_weights="",
+        step_weights="",
     ) -> io.NodeOutput:
         if start_percent > end_percent:
             raise StyleLoomError(
@@ -239,36 +315,39 @@ class StyleBlockInjector(io.ComfyNode):
         if not references:
             raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
         architecture = check_fit(model, ipadapter)
-        chosen = presets.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights)
+        chosen = presets.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights, boost)
         used = {whose for _, whose in chosen.values()}
-        if layout is not None and presets.LAYOUT not in used:
-            logging.warning("StyleLoom: layout is connected, but preset %s shows it to no layer", preset)
-        if block_weights.strip() and preset != presets.CUSTOM:
-            logging.warning("StyleLoom: block_weights count only in preset custom; preset is %s", preset)
+        notes = []
+        if layout is not None and not used & {presets.LAYOUT, *presets.AWAY_FROM.values()}:
+            notes.append(f"layout is connected, but preset {preset} shows it to no layer")
+        if block_weights.strip() and preset != presets.CUSTOM and not presets.is_precise(preset):
+            notes.append(f"block_weights count only in preset custom and the precise ones; preset is {preset}")
+        weights = parse_numbers(reference_weights, "reference_weights")
+        steps = parse_numbers(step_weights, "step_weights")
+        settings = injection_settings(start_percent, end_percent, mask, negative, weights, steps)
+        report = functools.partial(injection_report, ipadapter, architecture, preset, chosen)
         if not chosen:
-            return io.NodeOutput(model)
-        pictures = {presets.STYLE: references, presets.LAYOUT: [layout]}
-        tokens = {whose: _tokens(ipadapter, pictures[whose], whose, negative, fusion) for whose in sorted(used)}
-        counts = {whose: made.shape[1] for whose, made in tokens.items()}
-        if fusion == EACH and len({*counts.values()} - {1}) > 1:
+            return io.NodeOutput(model, report({}, fusion, scaling, settings, notes))
+        groups = one_by_one(fusion, references)
+        masks = masks_of(fusion, mask, len(groups))
+        if fusion == BY_MASK and len(weights) > len(groups):
             raise StyleLoomError(
-                f"style has {counts['style']} pictures and layout {counts['layout']}",
-                "one layout, or one for each style",
-                "Encode one layout picture, or as many as there are style pictures.",
+                f"reference_weights has {len(weights)} numbers, and style {len(groups)} references",
+                "at most one for each",
+                "Take the last ones out.",
             )
-        steps = Steps(len(chosen))
-        layers = project(ipadapter, chosen, tokens, scaling, model.model.get_dtype_inference(), steps)
-        return io.NodeOutput(StyleAttention(layers, mask, start_percent, end_percent).install(model))
-
-
-def _tokens(adapter: Adapter, outputs: list, name: str, negative, fusion: str):
-    """Tokens of both sides; without a negative, what the encoder sees in an empty picture comes with the encoding."""
-    references = features(adapter, outputs, name)
-    if negative is not None:
-        other = features(adapter, [negative], "negative")
-    else:
-        empty = next((e for output in outputs if (e := getattr(output, "styleloom_empty", None)) is not None), None)
-        other = empty.to(references) if empty is not None and adapter.feature != "image_embeds" else None
-    made = fuse(adapter, references, other, fusion)
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    return made
+        each = [weights] * len(groups)
+        if fusion == BY_MASK and weights:
+            each = [[w] for w in repeat_last(weights, len(groups))]
+        progress, patched, counts = Steps(len(chosen) * len(groups)), model, {}
+        over = StepWeights(steps, start_percent, end_percent) if steps else None
+        for i, group in enumerate(groups):
+            made = Tokens(ipadapter, used, group, [] if layout is None else [layout], negative, fusion, each[i])
+            dtype = model.model.get_dtype_inference()
+            layers = project(ipadapter, chosen, made.keys, scaling, dtype, progress, made.values)
+            patched = StyleAttention(layers, masks[i], start_percent, end_percent, over).install(patched)
+            counts = {name: counts.get(name, 0) + n if name == presets.STYLE else n for name, n in made.counts.items()}
+            notes += made.notes
+        for note in notes:
+            logging.warning("StyleLoom: %s", note)
+        return io.NodeOutput(patched, report(counts, fusion, scaling, settings, notes))

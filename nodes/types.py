@@ -9,6 +9,7 @@ Encoders = io.Custom("I2L_ENCODERS")
 References = io.Custom("I2L_REFERENCES")
 LoRA = io.Custom("LORA_MODEL")
 LoRAStack = io.Custom("STYLELOOM_LORA_STACK")
+PackLoRAStack = io.Custom("LORA_STACK")  # of other packs: a list of (file name, strength, strength)
 IPAdapter = io.Custom("STYLELOOM_IPADAPTER")
 
 CATEGORY = "StyleLoom/image to LoRA"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +25,28 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class Scratch(threading.local):
+    """Memory for what lies between two steps, each thread's own and used again from item to item: fresh memory costs
+    a page fault for every 4 KiB, which can take as long as the computing."""
+
+    def __init__(self):
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A contiguous tensor with any values. It is overwritten by the next one of that name in this thread."""
+        count = math.prod(shape)
+        held = self._held.get((name, dtype))
+        if held is None or held.numel() < count:
+            held = self._held[name, dtype] = torch.empty(count, dtype=dtype)
+        return held[:count].view(shape)
+
+    def cast(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """In that dtype: the tensor itself where it is, else a copy as `empty` makes them."""
+        if tensor.dtype == dtype:
+            return tensor
+        return self.empty(name, *tensor.shape, dtype=dtype).copy_(tensor)
 
 
 @contextmanager

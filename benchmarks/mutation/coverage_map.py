@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import gc
 import json
 import os
-import sys
-import threading
 import time
 from collections import defaultdict
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 IMPORT = "import"  # what runs outside of every test and fixture
+MARK = "__styleloom_ran__"
 
 
 class Recorder:
-    """A pytest plugin: a trace function that notes every line of the rooms under the test that runs it.
+    """A pytest plugin that notes every statement of the rooms under the test that runs it.
+
+    While a module of the rooms is imported, a mark is put before each of its statements. Code of others, which takes
+    nearly all of the time of these tests, runs as fast as ever; under a trace function all of it would be slow.
 
     Lines run while a shared fixture is set up belong to every test that uses the fixture. The caches of functions
     (`functools.lru_cache`) are emptied before each test, or only the first test would run their lines.
@@ -26,48 +30,70 @@ class Recorder:
     def __init__(self, root: Path, folders: list[str]):
         self.root = os.path.realpath(root) + os.sep
         self.folders = tuple(folder + "/" for folder in folders)
-        self.lines: dict[str, set] = defaultdict(set)
+        self.lines: dict[str, set[int]] = defaultdict(set)
         self.here, self.test = self.lines[IMPORT], None
-        self.tracers: dict[str, object] = {}
+        self.places: list[tuple[str, int]] = []  # mark -> (file, line)
+        self.code_files: set[str] = set()
         self.tests: dict[str, dict] = {}
         self.fixture_seconds: dict[str, float] = defaultdict(float)
         self.failed: set[str] = set()
         self.shared = 0.0
+        self.get_code = SourceFileLoader.get_code
+        self._install()
 
-    def _tracer(self, file: str):
-        """The trace function for the lines of one code file; None where it is no file of the rooms."""
-        path = os.path.realpath(file)
+    def _install(self) -> None:
+        recorder = self
+
+        def get_code(loader, name):
+            path = loader.get_filename(name)
+            file = recorder._file_of(path)
+            if file is None:
+                return recorder.get_code(loader, name)
+            recorder.code_files.add(path)
+            tree = recorder.marked(ast.parse(loader.get_data(path), path), file)
+            return compile(tree, path, "exec", dont_inherit=True)
+
+        SourceFileLoader.get_code = get_code
+        setattr(builtins, MARK, self.ran)
+
+    def _file_of(self, path: str) -> str | None:
+        """The name below the root of a file of the rooms; None for all others."""
+        path = os.path.realpath(path)
         if not path.startswith(self.root):
             return None
         name = path[len(self.root) :].replace(os.sep, "/")
-        if not name.startswith(self.folders):
-            return None
+        return name if name.startswith(self.folders) else None
 
-        def line(frame, event, _):
-            if event == "line":
-                self.here.add((name, frame.f_lineno))
-            return line
+    def ran(self, mark: int) -> None:
+        self.here.add(mark)
 
-        return line
+    def marked(self, tree: ast.Module, file: str) -> ast.Module:
+        """The same code with a mark before each statement; lines keep their numbers."""
+        for node in list(ast.walk(tree)):
+            for field in ("body", "orelse", "finalbody"):
+                block = getattr(node, field, None)
+                if not isinstance(block, list) or not block:
+                    continue  # of a lambda or a conditional expression
+                found = []
+                for number, statement in enumerate(block):
+                    text = number == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                    future = isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+                    if not text and not future:
+                        found.append(self._mark(statement, file))
+                    found.append(statement)
+                setattr(node, field, found)
+        return ast.fix_missing_locations(tree)
 
-    def trace(self, frame, event, _):
-        file = frame.f_code.co_filename
-        if file not in self.tracers:
-            self.tracers[file] = self._tracer(file)
-        return self.tracers[file]
-
-    def arm(self) -> None:
-        threading.settrace(self.trace)
-        sys.settrace(self.trace)
-
-    def pytest_collection(self):
-        self.arm()
+    def _mark(self, statement: ast.stmt, file: str) -> ast.stmt:
+        self.places.append((file, statement.lineno))
+        call = ast.Call(ast.Name(MARK, ast.Load()), [ast.Constant(len(self.places) - 1)], [])
+        return ast.copy_location(ast.Expr(call), statement)
 
     def _empty_caches(self) -> None:
         for found in gc.get_objects():
             if type(found) is functools._lru_cache_wrapper:
                 code = getattr(getattr(found, "__wrapped__", None), "__code__", None)
-                if code is not None and self.tracers.get(code.co_filename) is not None:
+                if code is not None and code.co_filename in self.code_files:
                     found.cache_clear()
 
     def wrap_runtest_protocol(self, item):
@@ -76,7 +102,6 @@ class Recorder:
         keys = {fixture_key(names[name][-1]) for name in item.fixturenames if name in names}
         self.test = self.tests.setdefault(item.nodeid, {"fixtures": keys})
         self.here, self.shared = self.lines[item.nodeid], 0.0
-        self.arm()
         start = time.perf_counter()
         result = yield
         self.test["seconds"] = round(time.perf_counter() - start - self.shared, 4)
@@ -105,8 +130,7 @@ class Recorder:
 
     def result(self) -> dict:
         """What `Map` reads. A line of a fixture counts for the tests that use it."""
-        sys.settrace(None)
-        threading.settrace(None)
+        SourceFileLoader.get_code = self.get_code
         passed = [test for test in self.tests if test not in self.failed]
         users = defaultdict(list)
         for number, test in enumerate(passed):
@@ -115,7 +139,7 @@ class Recorder:
                 users[key].append(number)
         lines: dict[str, dict[int, set]] = defaultdict(lambda: defaultdict(set))
         for context, found in self.lines.items():
-            for file, line in found:
+            for file, line in (self.places[mark] for mark in found):
                 lines[file][line].update(users[context])
         tests = [{"id": test, "seconds": self.tests[test]["seconds"],
                   "fixtures": sorted(self.tests[test]["fixtures"] & set(self.fixture_seconds))} for test in passed]

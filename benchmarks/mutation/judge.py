@@ -59,6 +59,7 @@ class Workplace:
     def start(self, do: str, room: Room, paths: list[str], **more) -> subprocess.Popen:
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         task = {"do": do, "paths": paths, "product": self.product, "imports": list(room.imports),
+                "without": list(room.without),
                 "basetemp": str(self.folder / "tmp"), "result": str(self.folder / "result.json"), **more}
         with self.log.open("ab") as log:
             return subprocess.Popen(

@@ -22,6 +22,7 @@ class Room:
         tests: Folder with the tests.
         fixtures: Session fixtures that are slow, know nothing of the pack, and are brought up once for all mutants.
         imports: Modules of others to import before the first mutant.
+        without: Files of tests that run nothing of the pack.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Room:
     tests: str
     fixtures: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def has(self, file: str) -> bool:
         return any(file.startswith(folder + "/") for folder in self.sources)
@@ -37,7 +39,7 @@ class Room:
 ROOMS = {
     "weights": Room("weights", ("weights",), "tests/unit", imports=(
         "torch", "numpy", "einops", "safetensors.torch", "PIL.Image", "hypothesis.strategies")),
-    "host": Room("host", ("nodes/host",), "tests/host", ("bare_host",)),
+    "host": Room("host", ("nodes/host",), "tests/host", ("bare_host",), without=("test_kit.py",)),
 }
 
 

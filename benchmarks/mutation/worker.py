@@ -22,7 +22,7 @@ import pytest
 from .coverage_map import Recorder
 from .tree import WARM
 
-MEMORY = 8 * 2**30  # bytes that a child may take above what the warm process has
+MEMORY = 2 * 2**30  # bytes that a child may take above what the warm process has
 
 
 class Verdict:
@@ -178,12 +178,13 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 
 def _limit_memory() -> None:
+    """Of what is written to. The address space would be too much: each thread reserves far more than it uses."""
     import resource
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 0
-    if pages:
-        now = pages * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.RLIM_INFINITY))
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        now = int(statm.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_DATA, (now + MEMORY, resource.RLIM_INFINITY))
 
 
 def _wait(child: int, until: float) -> int | None:
@@ -232,7 +233,8 @@ def main(arguments: list[str]) -> int:
     if task["do"] == "record":
         recorder = Recorder(Path.cwd(), task["product"])
         wrapped = _hooks_of(recorder)
-        status = pytest.main([*options, *paths, f"--ignore-glob=*{WARM}"], plugins=[recorder, wrapped])
+        left_out = [f"--ignore-glob=*{name}" for name in (WARM, *task["without"])]
+        status = pytest.main([*options, *paths, *left_out], plugins=[recorder, wrapped])
         Path(task["result"]).write_text(json.dumps(recorder.result()), "utf-8")
         return int(status)
     if task["do"] == "once":

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
+import comfy.float
+import comfy.lora
+import comfy.utils
+import torch
+
 from ...weights.errors import StyleLoomError
-from .lora_patches import lora_patches, not_merged, some
+from .lora_patches import left_out, lora_patches, parameter_names, passed_over
+from .missing_keys import ERROR, some
+from .row_terms import parts_of
 
 
-def apply_lora(model, clip, lora, strength: float, strength_clip: float):
+def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing: str = ERROR):
     """Clone and patch.
 
     Args:
         model: MODEL.
         clip: CLIP or None.
         lora: LORA_MODEL in any format that the host reads.
+        missing: What becomes of keys that find no place: `ERROR` or `WARN`.
 
     Returns:
         (MODEL, CLIP or None, report). With strength 0 the object given comes back.
@@ -20,22 +31,31 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
     Raises:
         StyleLoomError: as `lora_patches`.
     """
-    patches = lora_patches(model, clip, lora)
-    roots = [model.model] + ([clip.cond_stage_model] if clip is not None else [])
-    idle, notes = not_merged(roots, patches)
+    missed: list[str] = []
+    patches = lora_patches(model, clip, lora, missing=missing, notes=missed)
+    for line in missed:
+        logging.warning("StyleLoom: Apply LoRA: %s", line)
+    notes = missed + left_out(patches)
     name = type(model.model).__name__
     lines = []
     patched, patched_clip = model, clip
     if strength != 0:
         patched = model.clone()
-        done = set(patched.add_patches(patches, strength))
-        lines.append(f"{len(done - idle)} of {len(patches)} patches on {name} at strength {strength:g}")
+        done, exchanged = _add(patched, patched.model, patches, strength)
+        lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
+        if exchanged:
+            lines.append(
+                f"{len(exchanged)} of them are on parameters that ComfyUI's own merge passes over, and are exchanged "
+                f"whole: {parameter_names(exchanged)}"
+            )
     else:
         done = set()
         lines.append(f"strength 0: {name} is left as it is")
     if clip is not None:
-        patched_clip = clip.clone() if strength_clip != 0 else clip
-        done_clip = set(patched_clip.add_patches(patches, strength_clip)) if strength_clip != 0 else set()
+        patched_clip, done_clip = clip, set()
+        if strength_clip != 0:
+            patched_clip = clip.clone()
+            done_clip, _ = _add(patched_clip.patcher, clip.cond_stage_model, patches, strength_clip)
         lines.append(f"{len(done_clip)} patches on the text encoder at strength {strength_clip:g}")
         done |= done_clip
     missed = [target for target in patches if target not in done]
@@ -46,3 +66,18 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float):
             "Use the LoRA with the model that it was made for.",
         )
     return patched, patched_clip, "\n".join(lines + notes)
+
+
+def _add(patcher, root: torch.nn.Module, patches: Mapping, strength: float) -> tuple[set, set]:
+    """(the patches that were taken, those among them whose parameter is exchanged)."""
+    exchanged = passed_over([root], patches)
+    merged = {target: patch for target, patch in patches.items() if target not in exchanged}
+    done = set(patcher.add_patches(merged, strength))
+    for target in exchanged:
+        key, part, swap = parts_of(target)
+        before = patcher.get_model_object(key)
+        change = [(strength, patches[target], 1.0, part, swap)]
+        made = comfy.lora.calculate_weight(change, before.detach().to(torch.float32, copy=True), key)
+        made = comfy.float.stochastic_rounding(made, before.dtype, seed=comfy.utils.string_to_seed(key))
+        patcher.add_object_patch(key, torch.nn.Parameter(made, requires_grad=False))
+    return done | exchanged, exchanged

@@ -20,12 +20,15 @@ ENCODERS = "i2l_encoders"
 REFERENCES = "i2l_references"
 LORAS = "loras"
 IPADAPTERS = "ipadapter"
+STYLE_ENCODINGS = "style_encodings"
 
 # In use by other packs for the same files: yipeeka and gajjar4, mxli-1999, HM-RunningHub.
 _IN_USE = ("I2L", "z_image_i2l", "DiffSynth-Studio")
 _EXTENSIONS = {".safetensors"}
 # As published; .bin is read as tensors only. Other packs share this category and keep what they listed in it.
 _ADAPTER_EXTENSIONS = {".safetensors", ".bin"}
+# .ipadpt: what IPAdapter Plus saves its embeddings as.
+_ENCODING_EXTENSIONS = {".safetensors", ".ipadpt"}
 # An interrupted ModelScope download leaves its parts in a folder of this name, in the published repository too.
 _PARTIAL = "._____temp"
 
@@ -53,6 +56,12 @@ def register() -> None:
     _register(PREDICTORS, [os.path.join(models, PREDICTORS), *(os.path.join(models, name) for name in _IN_USE)])
     _register(ENCODERS, [*folder_paths.get_folder_paths(PREDICTORS), *folder_paths.get_folder_paths("clip_vision")])
     _register(IPADAPTERS, [os.path.join(models, IPADAPTERS)], _ADAPTER_EXTENSIONS)
+    output = folder_paths.get_output_directory()
+    _register(
+        STYLE_ENCODINGS,
+        [os.path.join(models, STYLE_ENCODINGS), os.path.join(output, STYLE_ENCODINGS)],
+        _ENCODING_EXTENSIONS,
+    )
     _register(
         REFERENCES, [os.path.join(models, REFERENCES), os.path.join(folder_paths.get_output_directory(), REFERENCES)]
     )

@@ -14,18 +14,9 @@ import torch
 from ...weights.errors import StyleLoomError
 from ...weights.lora.keys import group_keys, key_part, tensors_of
 from ...weights.lora.kinds import BIAS_CHANGE, UnknownAdapter, from_host, kinds_of, to_host
-from ...weights.lora.names import is_text_key
 from ...weights.row_adapters.layers import layer_of
-
-
-def _stem(key: str, key_map: Mapping) -> str | None:
-    """The name in the host's key map that a LoRA key belongs to: a dotted beginning of it."""
-    at = key.find(".")
-    while at != -1:
-        if key[:at] in key_map:
-            return key[:at]
-        at = key.find(".", at + 1)
-    return None
+from .missing_keys import ERROR, placed_keys, some, without_place
+from .versions import host_versions
 
 
 def _patched(key: str, target):
@@ -34,12 +25,6 @@ def _patched(key: str, target):
     if found is not None and found[1] in BIAS_CHANGE.endings and isinstance(target, str):
         return target.removesuffix(".weight") + ".bias"
     return target
-
-
-def some(keys: Iterable[str]) -> str:
-    """The first three, and how many more."""
-    keys = list(keys)
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def weight_at(roots: Iterable, key: str):
@@ -99,41 +84,38 @@ def host_key_map(model, clip) -> dict:
     return key_map if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
 
 
-def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
+def lora_patches(
+    model, clip, lora, label: str = "LoRA", missing: str = ERROR, notes: list[str] | None = None
+) -> dict:
     """The host's patches for a LoRA, each checked to have a place and the size of it.
 
     Args:
         model: MODEL.
         clip: CLIP or None.
-        lora: LORA_MODEL in any format that the host reads.
+        lora: LORA_MODEL in any format that the host reads, or in another spelling of its names.
         label: What errors call it.
+        missing: `ERROR` or `WARN`: what becomes of keys that find no place. Keys of text encoders and alphas without
+            anything that they scale are told in `notes` either way.
+        notes: Takes what was left out, in lines.
 
     Returns:
         What `ModelPatcher.add_patches` takes: a weight's key, or (key, (axis, start, length)) for a part of a weight,
         to an adapter of the host's, or to a tuple such as ("diff", (change,)).
 
     Raises:
-        StyleLoomError: keys that neither model nor clip knows, a patch of the wrong size, halves of patches, several
-            patches for one weight, of which the host would keep one; an adapter of the host's that is not known here.
+        StyleLoomError: keys that neither model nor clip knows, or not one that they know; a patch of the wrong size,
+            halves of patches, several patches for one weight, of which the host would keep one; an adapter of the
+            host's that is not known here.
     """
-    key_map = host_key_map(model, clip)
-    converted = comfy.lora_convert.convert_lora(dict(lora))
-    stems = {key: _stem(key, key_map) for key in converted}
-    unknown = [key for key, stem in stems.items() if stem is None]
     name = type(model.model).__name__
-    if unknown:
-        text = [key for key in unknown if is_text_key(key)]
-        raise StyleLoomError(
-            f"{len(unknown)} of the {label}'s {len(converted)} keys find no place in this {name} model: "
-            f"{some(unknown)}",
-            f"a LoRA for {name}" + ("" if clip is not None or not text else ", with the text encoder in clip"),
-            "Use the LoRA with the model that it was made for."
-            if clip is not None or len(text) < len(unknown)
-            else "Connect clip: these keys are for the text encoder.",
-        )
+    placed = placed_keys(comfy.lora_convert.convert_lora(dict(lora)), host_key_map(model, clip))
+    lines = without_place(placed, name, clip is not None, lora, label, missing)
+    if notes is not None:
+        notes += lines
+    converted, key_map = placed.found, placed.key_map
     _check_parts(converted, key_map, label)
     patches = comfy.lora.load_lora(converted, key_map)
-    lost = sorted({stem for key, stem in stems.items() if _patched(key, key_map[stem]) not in patches})
+    lost = sorted({stem for key, stem in placed.stems.items() if _patched(key, key_map[stem]) not in patches})
     if lost:
         raise StyleLoomError(
             f"{len(lost)} patches of the {label} are incomplete or of an unknown kind: {some(lost)}",
@@ -146,7 +128,7 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
         wrong = [problem for target, adapter in patches.items() if (problem := _misplaced(roots, target, adapter))]
     except UnknownAdapter as found:
         raise StyleLoomError(
-            f"this ComfyUI reads a part of the {label} as {found}",
+            f"this ComfyUI reads a part of the {label} as {found} ({host_versions()})",
             "an adapter that StyleLoom knows",
             "Update StyleLoom, or apply this LoRA with ComfyUI's Load LoRA.",
         ) from found
@@ -156,19 +138,20 @@ def lora_patches(model, clip, lora, label: str = "LoRA") -> dict:
             "a LoRA for a model of this width",
             "Use the LoRA with the model that it was made for.",
         )
-    return {target: _workable(adapter) for target, adapter in patches.items()}
+    return {target: workable(adapter) for target, adapter in patches.items()}
 
 
-def _workable(adapter):
+def workable(adapter):
     """The adapter in a form at which the host's merge does not stop."""
     parts = from_host(adapter)
     ((kind, own),) = kinds_of(parts, adapter[0] if isinstance(adapter, tuple) else adapter.name)
     made = kind.for_host(own)
-    return adapter if made.keys() == own.keys() else to_host(adapter, made)
+    same = made.keys() == own.keys() and all(made[part] is own[part] for part in own)
+    return adapter if same else to_host(adapter, made)
 
 
-def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set, list[str]]:
-    """(targets of patches that the host takes and never merges, what of the patches it leaves out in words).
+def passed_over(roots: Iterable[torch.nn.Module], patches: Mapping) -> set:
+    """The targets of patches that the host takes and never merges.
 
     The host loads weights layer by layer, and passes over parameters that a module with layers inside it holds itself
     (a block's `modulation`, a model's tokens)."""
@@ -179,12 +162,18 @@ def not_merged(roots: Iterable[torch.nn.Module], patches: Mapping) -> tuple[set,
             module = find_module(root, key.rpartition(".")[0])
             if module is not None and any("." in name for name, _ in module.named_parameters()):
                 passed.add(target)
+    return passed
+
+
+def left_out(patches: Mapping) -> list[str]:
+    """What the host's merge leaves out of patches, in words."""
     words = Counter(text for adapter in patches.values() if (text := _left_out(adapter)))
-    lines = [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
-    if passed:
-        names = some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in passed))
-        lines.append(f"{len(passed)} patches have no effect: ComfyUI merges none into parameters like {names}")
-    return passed, lines
+    return [f"ComfyUI's merge leaves out {text} ({count} x)" for text, count in words.items()]
+
+
+def parameter_names(targets: Iterable) -> str:
+    """The keys of some targets, for a report."""
+    return some(sorted(str(target[0] if isinstance(target, tuple) else target) for target in targets))
 
 
 def _left_out(adapter) -> str:

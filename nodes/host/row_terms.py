@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Hashable
 
 import comfy.model_patcher
@@ -38,3 +40,10 @@ def carry(model, key: str, terms: torch.nn.Module) -> None:
         terms, load_device=model.load_device, offload_device=model.offload_device
     )
     model.set_additional_models(key, [patcher])
+
+
+def outside_memory_graph() -> contextlib.AbstractContextManager:
+    """For tensors that live on after the pass that made them: hosts from 0.34 on record the memory of a step and hand
+    out the same addresses in the next."""
+    prefetch = sys.modules.get("comfy.model_prefetch")
+    return getattr(prefetch, "pause_malloc_graph", contextlib.nullcontext)()

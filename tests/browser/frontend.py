@@ -34,6 +34,7 @@ class Frontend:
         self.page, self.url = page, url
         self.complaints: list[str] = []
         self.opened = False
+        self._clicks = self._opens = 0
         self._before: set[str] = set()
         page.set_default_timeout(TIMEOUT)
         page.on("console", self._console)
@@ -60,9 +61,24 @@ class Frontend:
         self.page.wait_for_load_state("networkidle")  # it still asks the host this and that
         return self
 
+    def cleared(self) -> Frontend:
+        """An empty graph in a tab of its own, and no complaints: for the next test on the same page."""
+        self.set("Comfy.VueNodes.Enabled", SETTINGS["Comfy.VueNodes.Enabled"])
+        self.page.keyboard.press("Escape")  # whatever dialog is open
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.page.wait_for_function("() => app.graph.nodes.length === 0")
+        self.complaints.clear()
+        return self
+
+    def set(self, setting: str, value) -> None:
+        """Changes one of the user's settings while the page is open."""
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+
     def open(self, name: str, text: str) -> None:
         """Opens a workflow as if its file had been dropped on the canvas; waits until all of its nodes are there."""
         self.opened = True
+        self._opens += 1
+        name = f"{name}_{self._opens}"  # of two tabs of one name the frontend would rename the second
         self.page.evaluate("([name, text]) => app.handleFile(new File([text], name, {type: 'application/json'}))",
                            [f"{name}.json", text])
         self.page.wait_for_function(
@@ -99,11 +115,14 @@ class Frontend:
             app.canvas.setDirty(true, true);
             const box = app.canvas.canvas.getBoundingClientRect(); return [box.left, box.top] }""",
                                        [int(node_id), scale])
-        for _ in range(10):  # a click before the next frame is drawn still meets what was there
-            self.page.wait_for_timeout(350)  # two in less than 300 ms would be a double click
-            self.page.mouse.click(left + 300 + 60 * scale, top + 250 - 15 * scale)
+        for _ in range(20):  # a click before the next frame is drawn still meets what was there
+            self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            # Two within 18 pixels and 300 ms would be a double click, which begins to rename a node.
+            self._clicks = (self._clicks + 1) % 3
+            self.page.mouse.click(left + 300 + (30 + 40 * self._clicks) * scale, top + 250 - 15 * scale)
             if self.page.evaluate("id => app.canvas.selectedItems.has(app.graph.getNodeById(id))", int(node_id)):
                 return
+            self.page.wait_for_timeout(350)
         raise AssertionError(f"node {node_id} could not be selected by a click")
 
     def run(self) -> None:

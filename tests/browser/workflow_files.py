@@ -20,6 +20,15 @@ def api_of(stem: str) -> dict:
     return json.loads((FOLDER / "api" / f"{stem}.json").read_text("utf-8"))
 
 
+def quick_text_of(stem: str) -> str:
+    """The workflow with one step in each KSampler."""
+    workflow = json.loads(text_of(stem))
+    for node in workflow["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][2] = 1  # seed, control after generate, steps
+    return json.dumps(workflow)
+
+
 def models_of(workflow: dict) -> list[dict]:
     """What the nodes say of the model files that they name, in `properties.models`."""
     return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]

@@ -7,7 +7,6 @@ the pack works in it.
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import importlib
 import inspect
@@ -188,10 +187,6 @@ def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     if failed:
         logging.getLogger(__name__).warning("stock nodes that this environment cannot import: %s", failed)
     kit = _load(nodes, _linked(base, "styleloom_kit", ROOT / "tests" / "kit"))
-    # The host collects garbage now and then while it loads models. What was imported never becomes garbage: without
-    # it a collection takes a hundredth of the time.
-    gc.collect()
-    gc.freeze()
     return Host(folder, base, nodes.NODE_CLASS_MAPPINGS, comfy, folder_paths, kit)
 
 

@@ -6,6 +6,9 @@ conftest.py takes the fixtures from here, so that every test file has them by na
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,31 +22,51 @@ ONE = {"steps": 1}
 SIDES = {"positive_strength": 0.8, "negative_strength": 0.5}
 
 
+# Whoever uses one of the shared models has it, directly or not, from one of these fixtures.
+SOURCES = {"benches", "models"}
+
+
 class _Shared:
-    """The shared MODELs, and for each what its weights sum up to."""
+    """The shared MODELs, and for each its modules and what its weights sum up to."""
 
     def __init__(self):
-        self.models: dict[str, tuple[object, tuple]] = {}
+        self.models: dict[str, tuple[object, list, tuple]] = {}
+        self.used = False  # by a test since the weights were looked at
 
     def add(self, name: str, model) -> None:
-        self.models[name] = (model, _sums(model))
+        self.models[name] = (model, list(model.model.named_modules()), _sums(model))
 
 
 def _sums(model) -> tuple:
-    return tuple((key, float(value.double().sum()), float(value.double().abs().sum()))
+    """For each weight the sum of its bits as integers: a change of one bit is seen."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tuple((key, int(value.detach().view(whole[value.element_size()]).sum()))
                  for key, value in model.model.state_dict().items())
 
 
-def _traces(model) -> list[str]:
+def _traces(model, modules) -> list[str]:
     """What a run or a node has left on a MODEL that had nothing on it, or on its layers."""
     left = [name for name in ("patches", "object_patches", "wrappers", "callbacks", "injections", "attachments",
                               "additional_models", "hook_patches") if getattr(model, name)]
     options = dict(model.model_options)
     left += [f"model_options[{name!r}]" for name, value in options.items() if name != "transformer_options" or value]
-    for name, module in model.model.named_modules():
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+    for name, module in modules:
+        own = module.__dict__
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             left.append(f"the layer {name}")
     return left
+
+
+def _forget_dead_models() -> None:
+    """Takes those models off the host's list whose MODEL is gone while their weights live on in another one.
+
+    As long as one is on the list, the host collects garbage through the whole process before it loads any model. That
+    is right for a host that runs out of memory, and takes longer than most tests in a process that holds this many.
+    """
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        loaded = management.current_loaded_models
+        loaded[:] = [entry for entry in loaded if not entry.is_dead()]
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +77,13 @@ def shared_models():
 @pytest.fixture(autouse=True)
 def left_as_they_were(request, shared_models):
     """Fails the test that leaves something on a shared model."""
+    _forget_dead_models()
     yield
-    left = {name: _traces(model) for name, (model, _) in shared_models.models.items()}
+    _forget_dead_models()
+    if SOURCES.isdisjoint(request.fixturenames):
+        return
+    shared_models.used = True
+    left = {name: _traces(model, modules) for name, (model, modules, _) in shared_models.models.items()}
     left = {name: traces for name, traces in left.items() if traces}
     for name in left:
         del shared_models.models[name]  # one test is told, not all that follow
@@ -66,15 +94,19 @@ def left_as_they_were(request, shared_models):
 def weights_as_they_were(shared_models):
     """The same for the weights, after each file: the host keeps a clone's patches until it loads another clone."""
     yield
-    if not shared_models.models:
-        return
-    import comfy.model_management
+    if shared_models.used:
+        import comfy.model_management
 
-    comfy.model_management.unload_all_models()
-    changed = [name for name, (model, sums) in shared_models.models.items() if _sums(model) != sums]
-    for name in changed:
-        del shared_models.models[name]
-    assert not changed, "the weights of these shared models changed"
+        shared_models.used = False
+        comfy.model_management.unload_all_models()
+        changed = [name for name, (model, modules, sums) in shared_models.models.items()
+                   if _sums(model) != sums or list(model.model.named_modules()) != modules]
+        for name in changed:
+            del shared_models.models[name]
+        assert not changed, "the weights or layers of these shared models changed"
+    # What outlives a file lives to the end: no later collection has to look at it again.
+    gc.collect()
+    gc.freeze()
 
 
 # --- guidance

@@ -43,7 +43,7 @@ def test_a_compiled_model(small, distance):
     plain = small.plain(sampling=ONE)
     assert distance(small.plain(model, sampling=ONE), plain) < BOUND
     graphs = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         lora = small.lora(seed)
         truth = small.truth([(lora, 1.0)], sampling=ONE)
         assert distance(small.asymmetric(model=model, positive_lora=lora, sampling=ONE), truth) < BOUND

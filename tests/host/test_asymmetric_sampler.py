@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared_models import BOUND, ONE
 
 
 @pytest.fixture
@@ -85,13 +86,16 @@ def test_the_hosts_dtype_of_results(both, bench, host, monkeypatch):
 def test_equals_the_guider_with_the_custom_sampler(bench, run_node):
     style, gray = bench.lora(1), bench.lora(2)
     loras = {"positive_lora": style, "negative_lora": gray, "negative_strength": 0.5, "positive_end_percent": 0.5}
-    node, report = run_node(
+    node, report, _ = run_node(
         "StyleLoomAsymmetricCFGSampler", model=bench.model, positive=bench.positive, negative=bench.negative,
         latent_image=bench.latent(), seed=5, steps=2, cfg=3.5, sampler_name="euler", scheduler="simple", denoise=1.0,
         **loras,
     )  # fmt: skip
     assert torch.equal(node["samples"], bench.asymmetric(**loras))
-    assert report == bench.report
+    lines, before = report.splitlines(), bench.report.splitlines()
+    assert lines[:-2] == before[:-1]  # what the LoRAs are, then what sampling has shown, or where it will be said
+    assert lines[-2] == "sampled with both sides in one batch, in 2 of 2 evaluations" and "the log says why" in before[-1]
+    assert lines[-1] == "positive LoRA 1 by step: 1: 1, 2: 0"
 
 
 def test_two_samplers_one_after_the_other(bench, run_node):
@@ -113,3 +117,29 @@ def test_two_samplers_one_after_the_other(bench, run_node):
     stack = run_node("StyleLoomLoRAStack", lora=other, strength=1.0, start_percent=0.4, stack=stack)[0]
     whole = bench.asymmetric(positive_lora=stack)
     assert torch.allclose(second["samples"], whole, rtol=1e-4, atol=1e-3)
+
+
+def test_two_calls_are_said_in_the_report(benches, run_node, distance, caplog):
+    """A layer that gets the tokens as rows, and in them both sides: what is learned while sampling is in the report."""
+    bench = benches("flux2")
+
+    class Across(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    def model():
+        made = bench.fresh()
+        block = made.model.diffusion_model.double_blocks[0]
+        block.img_mlp = Across(*block.img_mlp)
+        return made
+
+    style = bench.lora(1)
+    common = {"positive": bench.positive, "negative": bench.negative, "cfg": 3.5, "positive_lora": style}
+    node, report, *_ = run_node(
+        "StyleLoomAsymmetricCFGSampler", model=model(), latent_image=bench.latent(), seed=5, steps=1,
+        sampler_name="euler", scheduler="simple", denoise=1.0, **common,
+    )  # fmt: skip
+    words = "sampled with the sides one after the other, which gives the same picture in more time: a layer of"
+    assert words in report and words in caplog.text
+    assert distance(node["samples"], bench.truth([(style, 1.0)], sampling=ONE)) < BOUND
+    assert "the log says why" in run_node("StyleLoomAsymmetricCFGGuider", model=bench.model, **common)[1]

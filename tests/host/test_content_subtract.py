@@ -112,7 +112,8 @@ def test_towers_that_do_not_belong_together(run_node, kit, models, encode, remov
 
     vit_h = comfy.clip_vision.Output()
     vit_h["image_embeds"], vit_h["penultimate_hidden_states"] = torch.ones(1, 1024), torch.ones(1, 257, 1280)
-    assert "OpenCLIP ViT-H text" in refused("encoded by ViT-H, and clip has", remove, vit_h)
+    words = refused("encoded by ViT-H, and clip has", remove, vit_h)
+    assert "OpenCLIP ViT-H text" in words and "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in words
     wide = kit.vision.clip_vision_small(0, projection=40)
     style = run_node("CLIPVisionEncode", clip_vision=wide, image=torch.rand(1, 50, 50, 3), crop="center")[0]
     refused("style is 40 numbers long", remove, style)

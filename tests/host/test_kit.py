@@ -42,14 +42,31 @@ def _latent(model, pixels: int) -> torch.Tensor:
     return torch.zeros((1, form.latent_channels, *frames, side, side))
 
 
-def _sample(bare_host, model, clip, text="a red fox in the snow", seed=0, steps=4, pixels=64) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def encoded(bare_host, made):
+    """(architecture, text) → CONDITIONING; each is made once."""
+    known = {}
+
+    def get(name, text):
+        if (name, text) not in known:
+            known[name, text] = bare_host.run("CLIPTextEncode", clip=made[name][1], text=text)[0]
+        return known[name, text]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def sample(bare_host, encoded):
     """Stock nodes only; returns latents in the model's own space, where a trained model's are of size one."""
-    (positive,) = bare_host.run("CLIPTextEncode", clip=clip, text=text)
-    (negative,) = bare_host.run("CLIPTextEncode", clip=clip, text="")
-    (latent,) = bare_host.run(
-        "KSampler", model=model, seed=seed, steps=steps, cfg=4.0, sampler_name="euler", scheduler="simple",
-        positive=positive, negative=negative, latent_image={"samples": _latent(model, pixels)}, denoise=1.0)
-    return model.model.latent_format.process_in(latent["samples"])
+
+    def sampled(name, model, text="a red fox in the snow", seed=0, steps=1, pixels=64) -> torch.Tensor:
+        (latent,) = bare_host.run(
+            "KSampler", model=model, seed=seed, steps=steps, cfg=4.0, sampler_name="euler", scheduler="simple",
+            positive=encoded(name, text), negative=encoded(name, ""), denoise=1.0,
+            latent_image={"samples": _latent(model, pixels)})
+        return model.model.latent_format.process_in(latent["samples"])
+
+    return sampled
 
 
 # --- key lists and files ---------------------------------------------------------------------------------------------
@@ -135,10 +152,10 @@ def _decode(kit, path, family, width, mlp, x) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name, file, family, width, mlp, count", [
     ("z-image", "z_image_i2l", "z-image", 96, 256, 238),
     ("qwen-image", "qwen_image_i2l_style", "qwen-image", 32, 128, 720)])
-def test_lora_targets_map_and_move_the_picture(bare_host, kit, made, name, file, family, width, mlp, count):
+def test_lora_targets_map_and_move_the_picture(bare_host, kit, made, sample, name, file, family, width, mlp, count):
     import comfy.lora
 
-    model, clip, _ = made[name]
+    model = made[name][0]
     mapped = comfy.lora.model_lora_keys_unet(model.model, {})
     targets = [leaf.target for leaf in kit.key_lists.leaves(family, width, mlp)]
     assert len(targets) == count
@@ -158,7 +175,7 @@ def test_lora_targets_map_and_move_the_picture(bare_host, kit, made, name, file,
     (with_lora,) = bare_host.run("LoraModelLoader", model=model, lora=lora, strength_model=1.0)
     assert len(with_lora.patches) == len({k if isinstance(k, str) else k[0] for k in
                                           (mapped[f"diffusion_model.{t}"] for t in targets)})
-    plain, moved = _sample(bare_host, model, clip), _sample(bare_host, with_lora, clip)
+    plain, moved = sample(name, model, steps=2), sample(name, with_lora, steps=2)
     assert moved.isfinite().all()
     assert 0.02 < float((moved - plain).std() / plain.std()) < 1.5
 
@@ -192,15 +209,16 @@ def test_weights_depend_on_seed_and_name_alone(kit, name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sampling_is_finite_varied_and_repeatable(bare_host, made, name):
-    model, clip, vae = made[name]
-    latent = _sample(bare_host, model, clip)
+def test_sampling_is_finite_varied_and_repeatable(sample, made, name):
+    model = made[name][0]
+    latent = sample(name, model, steps=4)
     assert latent.isfinite().all()
     assert 0.2 < float(latent.std()) < 5.0 and float(latent.abs().max()) < 40.0
-    assert torch.equal(latent, _sample(bare_host, model, clip))
-    assert not torch.equal(latent, _sample(bare_host, model, clip, seed=1))
-    other = _sample(bare_host, model, clip, text="a blue house by the sea")
-    assert float((other - latent).std() / latent.std()) > 0.005
+    one = sample(name, model)
+    assert torch.equal(one, sample(name, model))
+    assert not torch.equal(one, sample(name, model, seed=1))
+    other = sample(name, model, text="a blue house by the sea")
+    assert float((other - one).std() / one.std()) > 0.005
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -220,7 +238,7 @@ def test_vae_works_with_the_stock_nodes(bare_host, made, name):
     assert noise.shape == (1, 64, 64, 3) and float(noise.std()) > 0.02 and 0.0 <= noise.min() <= noise.max() <= 1.0
 
 
-def test_stock_loader_takes_the_flux2_file(bare_host, made):
+def test_stock_loader_takes_the_flux2_file(bare_host, made, sample):
     import comfy.model_base
 
     (model,) = bare_host.run("UNETLoader", unet_name="kit/flux2_small.safetensors", weight_dtype="default")
@@ -229,21 +247,21 @@ def test_stock_loader_takes_the_flux2_file(bare_host, made):
     nets = [k for k in seeded if k.startswith("diffusion_model.")]
     assert all(torch.equal(from_file[k].float(), seeded[k].bfloat16().float()) for k in nets)
     assert sum(seeded[k].numel() for k in nets) == pytest.approx(8.2e6, rel=0.01)
-    latent = _sample(bare_host, model, made["flux2"][1])
+    latent = sample("flux2", model, steps=4)
     assert latent.isfinite().all() and 0.2 < float(latent.std()) < 5.0
 
 
-def test_kohya_lora_for_sdxl_reaches_every_layer(bare_host, kit, made, tmp_path):
+def test_kohya_lora_for_sdxl_reaches_every_layer(bare_host, kit, made, sample, tmp_path):
     import comfy.lora
     from safetensors.torch import load_file
 
-    model, clip, _ = made["sdxl"]
+    model = made["sdxl"][0]
     layers = kit.diffusion_files.kohya_layers(model, "attn2")
     assert len(layers) == 4 * 70
     lora = load_file(kit.lora_files.write_kohya_lora(tmp_path / "k.safetensors", layers, rank=4, alpha=2.0))
     (with_lora,) = bare_host.run("LoraModelLoader", model=model, lora=lora, strength_model=1.0)
     assert len(with_lora.patches) == len(layers)
-    plain, moved = _sample(bare_host, model, clip), _sample(bare_host, with_lora, clip)
+    plain, moved = sample("sdxl", model), sample("sdxl", with_lora)
     assert moved.isfinite().all() and not torch.equal(moved, plain)
 
 

@@ -42,19 +42,24 @@ def shape_of(model, key):
 W1 = "diffusion_model.layers.1.feed_forward.w1"
 
 
-def test_parameters_that_the_host_never_merges_are_said(apply, model, host):
-    """The truth is the model after the host has loaded it: a weight changes, a token of the model itself does not."""
+def test_parameters_that_the_host_never_merges_are_exchanged(apply, model, host, run_node):
+    """A token of the model itself, twice, beside a weight: the model that the host has loaded has both changes, and the
+    one without has none, in either order."""
     token = "diffusion_model.x_pad_token"
     lora = {f"{W1}.diff": torch.ones(shape_of(model("z-image"), f"{W1}.weight")),
             f"{token}.diff": torch.ones(shape_of(model("z-image"), token))}
     before = {key: model("z-image").get_model_object(key).clone() for key in (f"{W1}.weight", token)}
     patched, _, report = apply("z-image", lora)
-    host.comfy.model_management.load_models_gpu([patched], force_full_load=True)
-    changed = [key for key, value in before.items() if not torch.equal(patched.get_model_object(key), value)]
+    twice = run_node("StyleLoomApplyLoRA", model=patched, lora=lora)[0]
+    for loaded, times in ((patched, 1), (twice, 2), (model("z-image"), 0), (patched, 1)):
+        host.comfy.model_management.load_models_gpu([loaded], force_full_load=True)
+        for key, value in before.items():
+            found = host.comfy.utils.get_attr(loaded.model, key)
+            assert torch.allclose(found, value + times, atol=1e-5), (key, times)
     host.comfy.model_management.unload_all_models()
-    assert changed == [f"{W1}.weight"]
-    assert "1 of 2 patches" in report
-    assert f"1 patches have no effect: ComfyUI merges none into parameters like {token}" in report
+    assert all(torch.equal(model("z-image").get_model_object(key), value) for key, value in before.items())
+    assert "2 of 2 patches" in report
+    assert f"1 of them are on parameters that ComfyUI's own merge passes over, and are exchanged whole: {token}" in report
 
 
 def test_several_changes_of_one_weight(apply, model):

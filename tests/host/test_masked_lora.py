@@ -204,6 +204,29 @@ def test_a_layer_that_the_model_does_not_call_is_said(prepared, model, ours):
             lora.check_called()
 
 
+def test_a_layer_that_the_host_computes_with_its_activation(kit, host, model, ours):
+    """INT8: as that layer is called while the block is open, the LoRA acts. The truth adds its product by hand."""
+    masked, patcher = ours("nodes.host.merge.masked_lora"), model()
+    net = patcher.model.diffusion_model
+    with torch.inference_mode():
+        net["linear"] = kit.int8_layers.int8_linear(torch.nn.Linear(12, 8))
+        x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1))
+        plain = host.comfy.ops.linear_input_act(net["linear"], x, "swiglu")
+        g = torch.Generator().manual_seed(2)
+        down, up = torch.randn(2, 12, generator=g), torch.randn(8, 2, generator=g)
+        change = ours("weights.lora.low_rank").LowRank(down, up)
+        ranks = [masked.StackedRanks("diffusion_model.linear.weight", change, 2)]
+        with masked.MaskedLoRA(patcher, ranks) as lora:
+            lora.use([masked.CONTENT, masked.STYLE, masked.CONTENT])
+            found = host.comfy.ops.linear_input_act(net["linear"], x, "swiglu")
+            lora.check_called()
+        gate, wide = x.double().chunk(2, -1)
+        due = (gate * torch.sigmoid(gate) * wide) @ down.double().T @ up.double().T
+        due[1] = 0
+        assert float((found - plain - due).norm()) < 1e-5 * float(due.norm() + plain.norm())
+        assert torch.equal(host.comfy.ops.linear_input_act(net["linear"], x, "swiglu"), plain)
+
+
 def test_a_layer_of_another_model_is_said(prepared, model, ours):
     masked, errors = ours("nodes.host.merge.masked_lora"), ours("weights.errors")
     patcher = model()

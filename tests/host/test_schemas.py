@@ -67,7 +67,7 @@ API = {
     "StyleLoomLoadLoRA": (
         "Load LoRA File",
         [("lora_name", "COMBO", REQUIRED)],
-        [("lora", "LORA_MODEL")],
+        [("lora", "LORA_MODEL"), ("trigger_words", "STRING"), ("base_model", "STRING"), ("report", "STRING")],
     ),
     "StyleLoomSaveLoRA": (
         "Save LoRA File",
@@ -81,14 +81,16 @@ API = {
     ),
     "StyleLoomLoRAStack": (
         "LoRA Stack",
-        [("lora", "LORA_MODEL", REQUIRED), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL)],
-        [("stack", "STYLELOOM_LORA_STACK")],
+        [("lora", "LORA_MODEL", OPTIONAL), ("strength", "FLOAT", REQUIRED), ("stack", "STYLELOOM_LORA_STACK", OPTIONAL),
+         ("lora_stack", "LORA_STACK", OPTIONAL), ("hooks", "HOOKS", OPTIONAL), ("mask", "MASK", OPTIONAL)],
+        [("stack", "STYLELOOM_LORA_STACK"), ("lora_stack", "LORA_STACK"), ("report", "STRING")],
     ),
     "StyleLoomAsymmetricCFGGuider": (
         "Asymmetric CFG Guider",
         [("model", "MODEL", REQUIRED), ("positive", "CONDITIONING", REQUIRED), ("negative", "CONDITIONING", OPTIONAL),
          ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL), ("cfg", "FLOAT", REQUIRED),
-         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL),
+         ("preset", "COMBO", OPTIONAL)],
         [("guider", "GUIDER"), ("report", "STRING")],
     ),
     "StyleLoomAsymmetricCFGSampler": (
@@ -97,8 +99,9 @@ API = {
          ("latent_image", "LATENT", REQUIRED), ("positive_lora", LORAS, OPTIONAL), ("negative_lora", LORAS, OPTIONAL),
          ("seed", "INT", REQUIRED), ("steps", "INT", REQUIRED), ("cfg", "FLOAT", REQUIRED),
          ("sampler_name", "COMBO", REQUIRED), ("scheduler", "COMBO", REQUIRED), ("denoise", "FLOAT", REQUIRED),
-         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL)],
-        [("latent", "LATENT"), ("report", "STRING")],
+         ("positive_strength", "FLOAT", OPTIONAL), ("negative_strength", "FLOAT", OPTIONAL),
+         ("preset", "COMBO", OPTIONAL)],
+        [("latent", "LATENT"), ("report", "STRING"), ("schedule", "IMAGE")],
     ),
     "StyleLoomLoadIPAdapter": (
         "Load IP-Adapter",
@@ -108,7 +111,7 @@ API = {
     "StyleLoomEncodeStyleImage": (
         "Encode Style Image",
         [("clip_vision", "CLIP_VISION", REQUIRED), ("image", "IMAGE", REQUIRED), ("fit", "COMBO", REQUIRED)],
-        [("encoded", "CLIP_VISION_OUTPUT")],
+        [("encoded", "CLIP_VISION_OUTPUT"), ("masks", "MASK")],
     ),
     "StyleLoomStyleBlockInjector": (
         "Style Block Injector",
@@ -118,7 +121,28 @@ API = {
          ("negative", "CLIP_VISION_OUTPUT", OPTIONAL), ("mask", "MASK", OPTIONAL),
          ("start_percent", "FLOAT", OPTIONAL), ("end_percent", "FLOAT", OPTIONAL), ("scaling", "COMBO", OPTIONAL),
          ("fusion", "COMBO", OPTIONAL), ("block_weights", "STRING", OPTIONAL)],
-        [("model", "MODEL")],
+        [("model", "MODEL"), ("report", "STRING")],
+    ),
+    "StyleLoomStyleWeights": (
+        "Style Weights",
+        [("weights", "STRING", REQUIRED), ("timing", "COMBO", REQUIRED), ("frames", "INT", REQUIRED)],
+        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE")],
+    ),
+    "StyleLoomNoiseNegative": (
+        "Noise Negative",
+        [("kind", "COMBO", REQUIRED), ("strength", "FLOAT", REQUIRED), ("blur", "INT", REQUIRED),
+         ("seed", "INT", REQUIRED), ("image", "IMAGE", OPTIONAL)],
+        [("image", "IMAGE")],
+    ),
+    "StyleLoomSaveStyleEncoding": (
+        "Save Style Encoding",
+        [("encoded", "CLIP_VISION_OUTPUT", REQUIRED), ("filename_prefix", "STRING", REQUIRED)],
+        [],
+    ),
+    "StyleLoomLoadStyleEncoding": (
+        "Load Style Encoding",
+        [("encoding_name", "COMBO", REQUIRED)],
+        [("encoded", "CLIP_VISION_OUTPUT")],
     ),
     "StyleLoomContentSubtract": (
         "Content Subtract",

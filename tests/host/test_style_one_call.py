@@ -172,23 +172,15 @@ def test_several_references(fusion, models, adapters, encode, texts, run_node):
     assert close(call(made, texts["sdxl"]), wanted)
 
 
-class Window:
-    """The shape of the host's context window over a batch of frames."""
-
-    dim, total_frames = 0, 5
-
-    def __init__(self, index_list):
-        self.index_list = index_list
-
-
 @pytest.mark.parametrize("frames", [None, "window", "animatediff"])
 def test_one_reference_per_picture(frames, models, adapters, inject, encode, texts):
-    from styleloom.weights.errors import StyleLoomError
+    import comfy.context_windows
 
     model, parts = models["sdxl"][0], adapters("base", "sdxl")[1]
     style = encode(3, count=3 if frames is None else 5)
     shown = {None: [0, 1, 2], "window": [4, 1, 2], "animatediff": [3, 4, 0]}[frames]
-    options = {None: {}, "window": {"context_window": Window(shown)},
+    window = comfy.context_windows.IndexListContextWindow(shown[:], dim=0, total_frames=5)
+    options = {None: {}, "window": {"context_window": window},
                "animatediff": {"ad_params": {"sub_idxs": shown, "full_length": 5}}}[frames]  # fmt: skip
     patched = inject(model, style, fusion="one per picture")
     made = call(patched, texts["sdxl"], count=3, **options)
@@ -198,8 +190,12 @@ def test_one_reference_per_picture(frames, models, adapters, inject, encode, tex
     weights = dict.fromkeys(blocks(unet, *STYLE), 1.0)
     with oracle.injected(unet, plan(unet, parts, weights, cond, uncond)):
         assert close(made, call(model, texts["sdxl"], count=3))
-    with pytest.raises(StyleLoomError.__mro__[1], match="pictures, and 2 are being made"):
-        call(patched, texts["sdxl"], count=2)
+    if frames is None:  # other numbers: the last is used again, or the rest is not used
+        for count in (2, 5):
+            cond = oracle.base_tokens(parts["image_proj"], style.image_embeds[[0, 1, 2, 2, 2][:count]])
+            with oracle.injected(unet, plan(unet, parts, weights, cond, uncond)):
+                due = call(model, texts["sdxl"], count=count)
+            assert close(call(patched, texts["sdxl"], count=count), due)
 
 
 def pooled(mask, n, size=SIZE):

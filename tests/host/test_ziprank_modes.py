@@ -1,4 +1,4 @@
-"""The modes of ZipRank Merge that run the model: what the node gives and leaves behind, on the small SD1.5.
+"""The modes of ZipRank Merge that run the model: what the node gives and leaves behind, on an SD1.5 of few blocks.
 
 What the modes compute is in test_mask_training.py.
 """
@@ -16,7 +16,9 @@ SMALL = {"content_prompt": "a red cube", "style_prompt": "an ink drawing", "size
 
 @pytest.fixture(scope="module")
 def sd15(kit):
-    return kit.architectures.make("sd1.5")[:2]
+    with torch.inference_mode(False):
+        clip = kit.architectures.ARCHITECTURES["sd1.5"].clip(0)
+    return kit.architectures.make_model("sd1.5", short=True), clip
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_given_latents_are_used(merge):
 def test_a_model_whose_weights_were_loaded_in_inference_mode_can_be_trained_through(merge, kit, sd15):
     """As every loader node leaves it: autograd must not save such weights. Here it cannot be loaded again either."""
     with torch.inference_mode():
-        model = kit.diffusion.sd15_small()
+        model = kit.diffusion.sd15_small(**kit.architectures.SHORT["sd1.5"])
     assert all(p.is_inference() for p in model.model.diffusion_model.parameters()) and not model.cached_patcher_init
     flags = [p.requires_grad for p in model.model.parameters()]
     one, two = merge("train", steps=1, model=model)[1], merge("train", steps=1)[1]

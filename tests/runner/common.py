@@ -160,20 +160,16 @@ def as_command(work: Callable[[], int]) -> int:
         return 130
 
 
-def await_all(processes: list[subprocess.Popen], waiting: str = "") -> None:
+def await_all(processes: list[subprocess.Popen], meanwhile: Callable[[], None] | None = None) -> None:
     """Waits for the end of every process. They share our terminal, and take down what they have started themselves.
 
-    `waiting` is said when the first has ended before another. At ctrl-C the processes have had it as well, so this
-    goes on waiting. When this program is told to end, they are told too.
+    `meanwhile()` is called a few times a second. At ctrl-C the processes have had it as well, so this goes on waiting.
+    When this program is told to end, they are told too.
     """
     while True:
         try:
-            processes[0].wait()
-            if waiting and any(process.poll() is None for process in processes):
-                say(waiting)
-                waiting = ""
             for process in processes:
-                process.wait()
+                _await(process, meanwhile)
             return
         except KeyboardInterrupt:
             continue
@@ -184,3 +180,12 @@ def await_all(processes: list[subprocess.Popen], waiting: str = "") -> None:
             for process in living:
                 process.wait(60)
             raise
+
+
+def _await(process: subprocess.Popen, meanwhile: Callable[[], None] | None) -> None:
+    while True:
+        try:
+            process.wait(0.3 if meanwhile else None)
+            return
+        except subprocess.TimeoutExpired:
+            meanwhile()

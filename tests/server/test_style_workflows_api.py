@@ -24,7 +24,7 @@ def load(name: str) -> dict:
     prompt = json.loads((API / f"{name}.json").read_text("utf-8"))
     for entry in prompt.values():
         if entry["class_type"] == "KSampler":
-            entry["inputs"]["steps"] = 4
+            entry["inputs"]["steps"] = 2
     return prompt
 
 

@@ -69,6 +69,41 @@ def test_which_layers(architecture, preset, spelling):
     assert {key.rsplit(".lora", 1)[0] for key in rest.lora} == {k.rsplit(".lora", 1)[0] for k in lora} - due
 
 
+FLUX = {
+    "bfl": ("diffusion_model.double_blocks.{}.img_attn.qkv", "diffusion_model.single_blocks.{}.linear2"),
+    "kohya": ("lora_unet_double_blocks_{}_txt_mlp_0", "lora_unet_single_blocks_{}_linear1"),
+    "diffusers": ("transformer.transformer_blocks.{}.attn.to_q", "transformer.single_transformer_blocks.{}.proj_mlp"),
+    "onetrainer": ("lora_transformer_transformer_blocks_{}_ff_net_2",
+                   "lora_transformer_single_transformer_blocks_{}_attn_to_k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "singles"),
+    [("content blocks", range(10)), ("style blocks", range(10, 38)),
+     ("style blocks without the border", range(12, 38))],
+)  # fmt: skip
+@pytest.mark.parametrize("spelling", FLUX)
+def test_which_blocks_of_flux(spelling, preset, singles):
+    """SplitFlux counts the 19 blocks of two streams first: its block 20 is single block 0."""
+    double, single = FLUX[spelling]
+    other = ["lora_unet_final_layer_linear", "lora_te1_text_model_encoder_layers_0_mlp_fc1"]
+    lora = lora_of([double.format(i) for i in range(19)] + [single.format(i) for i in range(38)] + other)
+    made = filter_blocks(lora, preset)
+    due = lora_of([single.format(i) for i in singles])
+    assert made.lora.keys() == due.keys()
+    first, last = singles[0] + 20, singles[-1] + 20
+    assert f"{preset} of FLUX.1: blocks {first} to {last} of 57" in made.report and "2511.15258" in made.report
+    assert ("content leaks into 30 and 31" in made.report) == (preset == "style blocks")
+
+
+def test_blocks_beyond_those_of_flux_are_of_another_model():
+    for stem in ("lora_unet_single_blocks_39_linear1", "diffusion_model.double_blocks.19.img_attn_qkv",
+                 "transformer.single_transformer_blocks.7.attn.to_qkv_mlp_proj"):  # fmt: skip
+        with pytest.raises(StyleLoomError, match="whose style blocks are known"):
+            filter_blocks(lora_of([stem, "lora_unet_single_blocks_12_linear1"]), "style blocks")
+
+
 def changes(lora, strength=1.0):
     """Stem → the change that the host makes of it, by the formulas of LyCORIS, in float64."""
     t = {key: value.double() for key, value in lora.items()}
@@ -163,6 +198,10 @@ def test_patterns_and_attention():
     (lora_of(["lora_unet_output_blocks_2_1_transformer_blocks_0_attn2_to_v"]), {}, "none of the LoRA's 1 layers"),
     (lora_of(["lora_unet_output_blocks_9_1_transformer_blocks_0_attn2_to_v"]), {"preset": "content blocks"},
      "content blocks of SD1.5 are not known"),
+    (lora_of(["lora_unet_output_blocks_9_1_transformer_blocks_0_attn2_to_v"]),
+     {"preset": "style blocks without the border"}, "without the border of SD1.5 are not known"),
+    (lora_of(["lora_unet_single_blocks_12_linear1"]), {"preset": "layout"}, "layout of FLUX.1 are not known"),
+    (lora_of(["lora_unet_double_blocks_12_img_mlp_0"]), {}, "none of the LoRA's 1 layers is inside"),
     (lora_of(["a.attn.x"]), {"preset": "custom patterns"}, "patterns is empty"),
     (lora_of(["a.attn.x"]), {"preset": "custom patterns", "patterns": "mlp"}, "'mlp' matches none"),
     (lora_of(["a.attn.x"]), {"preset": "x"}, "preset is 'x'"),

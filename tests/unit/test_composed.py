@@ -31,6 +31,25 @@ def lora(seed: int, rank: int, cosine: float = 0.0, decay: float = 1.0, scale: f
     return CanonicalLoRA(f"lora {seed}", adapters, stems={target: target for target in TARGETS})
 
 
+def axes(first: int, cosine: float, signs: tuple[float, ...]) -> CanonicalLoRA:
+    """A LoRA whose six input directions all lie at the same cosine to an axis, from axis 0 on, and else along other
+    axes, from `first` on; its outputs are those of any other one made here, with these signs, and some of its own."""
+    down = cosine * torch.eye(40, dtype=F64)[:6] + (1 - cosine**2) ** 0.5 * torch.eye(40, dtype=F64)[first : first + 6]
+    adapters = {}
+    for index, target in enumerate(TARGETS):
+        up = random(index, 30, 6) * torch.tensor(signs) + 0.3 * random(50 + index, 30, 6) * (1 - cosine)
+        adapters[target] = LowRank(down.half(), up.half())
+    return CanonicalLoRA("axes", adapters, stems={target: target for target in TARGETS})
+
+
+def steep(given: CanonicalLoRA) -> CanonicalLoRA:
+    """The same changes, with `down` falling off and `up` growing instead."""
+    by = 2.0 ** -torch.arange(6)
+    for target, adapter in given.adapters.items():
+        given.adapters[target] = LowRank(adapter.down * by[:, None].half(), adapter.up / by.half())
+    return given
+
+
 def product(pair) -> torch.Tensor:
     return pair.up.double() @ pair.down.double()
 
@@ -39,7 +58,10 @@ CASES = {
     "equal ranks": (lora(1, 6, 0.7), lora(2, 6, 0.7)),
     "more content": (lora(1, 8, 0.7, scale=0.5), lora(2, 3, 0.7)),
     "more style": (lora(1, 3), lora(2, 8, 0.9)),
+    "equal cosines": (axes(10, 1.0, (1, 1, 1, 1, 1, 1)), axes(10, 0.9, (1, -1, 1, -1, 2, -2))),
+    "nothing shared": (axes(10, 1.0, (1, 1, 1, 1, 1, 1)), axes(10, 0.0, (1, -1, 1, -1, 2, -2))),
     "ups that fall off: float64 Grams": (lora(1, 6, 0.7, 1e-2), lora(2, 6, 0.7)),
+    "downs that fall off: float64 Grams": (steep(lora(1, 6, 0.7)), lora(2, 6, 0.7)),
     "ups that fall below what is kept: the long way": (lora(1, 6, 0.7, 1e-6), lora(2, 6, 0.7)),
     "the same inputs: the long way": (lora(1, 6, 1.0), lora(2, 6, 1.0)),
 }

@@ -169,3 +169,10 @@ def test_what_is_refused(lora, words):
     (".alpha", None)])
 def test_keys(key, found):
     assert key_part(key) == found
+
+
+def test_a_lokr_that_the_host_has_cut_from_a_fused_layer():
+    """Read as a whole adapter it would be another change, of another size."""
+    lora = {"q.lokr_w1": torch.ones(6, 2), "q.lokr_w2": torch.ones(4, 4), "q.row_offset": torch.tensor(8)}
+    with pytest.raises(StyleLoomError, match=r"1 LoKr are cut from a fused layer.*: q\.row_offset"):
+        read_lora(lora, "x")

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from styleloom.weights.parallel import map_single_threaded
+from styleloom.weights.parallel import Scratch, map_single_threaded
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +76,20 @@ def test_one_and_many_threads_give_the_same_bits():
         return found
 
     assert torch.equal(run(1), run(4))
+
+
+def test_scratch_is_used_again_and_is_each_threads_own():
+    scratch = Scratch()
+    first = scratch.empty("a", 2, 3)
+    assert scratch.empty("a", 3).data_ptr() == first.data_ptr() != scratch.empty("b", 2, 3).data_ptr()
+    assert scratch.empty("a", 2, 2, dtype=torch.float64).dtype == torch.float64
+    assert scratch.empty("a", 4, 5).shape == (4, 5), "it grows"
+    half = torch.tensor([1.5, -2.0], dtype=torch.float16)
+    assert scratch.cast("c", half, torch.float16) is half
+    assert torch.equal(scratch.cast("c", half, torch.float32), torch.tensor([1.5, -2.0]))
+    other = []
+    thread = threading.Thread(target=lambda: other.append(scratch.empty("a", 4, 5).fill_(7.0)))
+    scratch.empty("a", 4, 5).zero_()
+    thread.start()
+    thread.join()
+    assert not scratch.empty("a", 4, 5).any() and bool((other[0] == 7).all())

@@ -324,3 +324,36 @@ def test_a_layer_with_terms_on_both_sides(watched):
     torch.testing.assert_close(made, due)
     torch.testing.assert_close(module(x), x @ weight.T + module.bias)
     assert call.called == ({"layer"} if watched else None)
+
+
+def test_layers_whose_input_a_term_changes_share_no_product():
+    """q and k of a block get one tensor, and a GLoRA of each changes it for its own layer: what the first has computed
+    from its rows is not what the second needs. Where nothing changes it, one product does for both."""
+    modules = [torch.nn.Linear(6, 5, dtype=D).requires_grad_(False) for _ in range(2)]
+    x = normal(4, 3, 6)
+    for changing in (True, False):
+        call, terms, due = call_of((POSITIVE,), 4, {POSITIVE: (0.7, 1.3)}), {}, []
+        for number, module in enumerate(modules):
+            layer, seed = layer_of(module), 10 * number
+            pair = LowRank(normal(2, 6, seed=seed), normal(5, 2, seed=seed))
+            terms[str(number)] = {POSITIVE: [LowRankTerm(layer, [(pair, 0)])]}
+            weight = module.weight + 0.7 * pair.up @ pair.down
+            if changing:
+                sides = [normal(*shape, seed=seed + 5) for shape in ((2, 6), (6, 2), (2, 6), (5, 2))]
+                terms[str(number)][POSITIVE].append(InputAndOutput(layer, 1, *sides, 0.5))
+                weight = weight + 0.65 * (weight @ sides[1] @ sides[0] + sides[3] @ sides[2])
+            due.append(x @ weight.T + module.bias)
+        layers = LayersWithTerms(lambda name: modules[int(name)], terms, call)
+        observer = Observer()
+        call.called, call.observers = set(), {POSITIVE: observer}
+        layers.put_in()
+        first = [module(x) for module in modules]
+        call.called = call.observers = None
+        (shared,) = observer.groups()
+        asked = []
+        shared.hidden = lambda *args, ask=shared.hidden: (asked.append(args), ask(*args))[1]
+        second = [module(x) for module in modules]
+        layers.take_out()
+        assert len(asked) == (0 if changing else 2)
+        for found in (first, second):
+            torch.testing.assert_close(found, due)

@@ -77,17 +77,16 @@ def test_a_browser_that_does_not_start_does_not_count(tmp_path):
     assert not browser.works(str(stub)) and not browser.works(str(tmp_path / "none"))
 
 
-REST = ["tests", "--ignore=tests/browser", "--ignore=tests/server", "-o", "cache_dir=.pytest_cache/rest"]
-ONLY_LIVE = ["tests/browser", "tests/server", "-o", "cache_dir=.pytest_cache/live"]
-
-
 @pytest.mark.parametrize(("given", "extra"), [
     ([], []), (["tests"], []), (["tests/", "-q"], ["-q"]), (["-k", "weights"], ["-k", "weights"]),
-    (["-k", "weights or x", "-vv"], ["-k", "weights or x", "-vv"]),
+    (["-k", "weights or x", "-vv"], ["-k", "weights or x", "-vv"]), (["--lf"], ["--lf"]),
     (["-k", "tests", "--durations=5"], ["-k", "tests", "--durations=5"])])
-def test_all_tests_run_in_two_parts(given, extra):
+def test_all_tests_are_shared_by_two_parts(given, extra):
     """A folder is a path only where it is not the value of -k."""
-    assert [part.arguments for part in parts.parts_of(given)] == [REST + extra, ONLY_LIVE + extra]
+    one, two = parts.parts_of(given)
+    assert one.arguments == two.arguments == ["tests", *extra]
+    assert one.share["never"] == two.share["first"] == list(parts.LIVE)
+    assert (one.share["backwards"], two.share["backwards"]) == (False, True)
 
 
 @pytest.mark.parametrize(("given", "passed"), [
@@ -96,10 +95,11 @@ def test_all_tests_run_in_two_parts(given, extra):
     (["-x"], ["tests", "-x"]), (["tests", "--pdb"], ["tests", "--pdb"]),
     (["--junitxml=a.xml"], ["tests", "--junitxml=a.xml"])])
 def test_named_paths_and_what_cannot_be_divided_run_in_one(given, passed):
-    assert [part.arguments for part in parts.parts_of(given)] == [passed]
+    (part,) = parts.parts_of(given)
+    assert part.arguments == passed and part.share is None
 
 
-def test_both_parts_hold_every_test_folder_once():
+def test_the_live_folders_are_there():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     assert set(parts.LIVE) < folders and {"tests/unit", "tests/host"} <= folders - set(parts.LIVE)
 
@@ -132,19 +132,6 @@ def test_what_the_tests_are_told(monkeypatch, no_browser):
 def test_the_last_line_is_the_sum(capsys, ends, status, said):
     assert parts.sum_up(ends) == status
     assert capsys.readouterr().out.splitlines()[-1] == said
-
-
-def test_two_real_pytests_and_their_sum(tmp_path, monkeypatch, capfd):
-    """One passes, one fails: both outputs are shown in order, and the status is that of the failure."""
-    for name, body in (("a", "def test_a(): print('first')\n"), ("b", "def test_b():\n    assert 0, 'grün'\n")):
-        (tmp_path / f"test_{name}.py").write_text(body, encoding="utf-8")
-    monkeypatch.setattr(parts, "ROOT", tmp_path)
-    two = [parts.Part("one", ["test_a.py"]), parts.Part("other", ["test_b.py"])]
-    env = dict(os.environ, PYTHONUTF8="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    status = parts.run(environment.Environment(sys.executable), env, two)
-    out = capfd.readouterr().out
-    assert status == 1 and out.splitlines()[-1] == "1 passed, 1 failed"
-    assert out.index("=== other ===") < out.index("grün")
 
 
 WAITS = """

@@ -29,10 +29,10 @@ def test_the_published_counts_and_numbers():
 
 
 def test_presets_count_their_layers():
-    counts = {p: len(choose(SDXL, p, 1, 1, False, "all")) for p in presets.PRESETS if p != presets.CUSTOM}
-    assert list(counts.values()) == [10, 10, 20, 70, 10, 10, 20]
+    counts = {p: len(choose(SDXL, p, 1, 1, False)) for p in presets.PRESETS if p != presets.CUSTOM}
+    assert list(counts.values()) == [10, 10, 20, 70, 10, 10, 20, 20, 20, *[70] * 9, 60, 70, 20, 70]
     counts = {p: len(choose(SD15, p, 1, 1, False)) for p in presets.PRESETS if p != presets.CUSTOM}
-    assert list(counts.values()) == [3, 3, 6, 16, 11, 2, 13]
+    assert list(counts.values()) == [3, 3, 6, 16, 11, 2, 13, 6, 6, *[16] * 9, 14, 16, 13, 16]
 
 
 def test_whose_picture_at_which_weight():
@@ -56,11 +56,18 @@ def test_custom_names():
     assert len(by_host) == 20 and by_host["output", 1, 9] == 1.5
     one = parse_custom(SDXL, "output 1: 1, OUTPUT 1 3: -2, middle: 0.5")
     assert one["output", 1, 3] == -2 and one["output", 1, 2] == 1 and one["middle", 0, 0] == 0.5
+    for spelling in ("output 1: 1.", "output 1: 1e0", "output 1: +10E-1", "output 1 = .1e1", "up_blocks.0.attentions.1: 1."):
+        assert parse_custom(SDXL, spelling) == {("output", 1, i): 1.0 for i in range(10)}
+    level = parse_custom(SDXL, "up_blocks.0: 1e-1, down_blocks.1: 2, mid_block: 3")
+    assert level == {layer: share for layer in SDXL.layers for block, share in
+                     {("output", 0): 0.1, ("output", 1): 0.1, ("output", 2): 0.1, ("input", 4): 2.0, ("input", 5): 2.0,
+                      ("middle", 0): 3.0}.items() if layer[:2] == block}  # fmt: skip
     chosen = choose(SDXL, "custom", 2.0, 9.0, True, "output 1: 0.5, input 8: 1, middle: 0")
     assert chosen["output", 1, 0] == (1.0, "style") and chosen["input", 8, 0] == (2.0, "layout") and len(chosen) == 20
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "output 9: 1", "output 1", "output 1: much", "input 8 12: 1", "11: 1"])
+@pytest.mark.parametrize("text", ["", "  \n", "output 9: 1", "output 1", "output 1: much", "input 8 12: 1", "11: 1",
+                                  "output 1: 1e999", "up_blocks.3: 1", "output 1: e3", "output 1: ."])  # fmt: skip
 def test_custom_names_that_are_none(text):
     with pytest.raises(StyleLoomError, match="block_weights") as error:
         parse_custom(SDXL, text)
@@ -109,8 +116,9 @@ def test_fusion():
     made = fuse(a, z, None, "one per picture")
     assert torch.allclose(made[POSITIVE], each, atol=1e-6)
     assert torch.allclose(made[NEGATIVE], empty.expand(3, -1, -1), atol=1e-6)
-    with pytest.raises(StyleLoomError, match="negative has 2 pictures and style 3"):
-        fuse(a, z, z[:2], "one per picture")
+    made = fuse(a, z, z[:2], "one per picture")
+    due = image_tokens(a, z[[0, 1, 1]])
+    assert torch.allclose(made[NEGATIVE], due, atol=1e-6), "the last negative again"
     with pytest.raises(StyleLoomError, match="empty batch"):
         fuse(a, z[:0], None, "concat")
 

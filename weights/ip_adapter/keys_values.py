@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,13 +14,16 @@ from ..errors import StyleLoomError
 from ..parallel import map_single_threaded
 from ..row_adapters.rows import NEGATIVE, POSITIVE
 from ..unet.architecture import Layer
+from .combine import AVERAGE, WAYS, combine
 from .formats import BASE, Adapter
 from .projections import image_tokens
 
-CONCAT, AVERAGE, EACH = "concat", "average", "one per picture"
-FUSIONS = (CONCAT, AVERAGE, EACH)
+CONCAT, EACH, BY_MASK = "concat", "one per picture", "one per mask"
+FUSIONS = (CONCAT, AVERAGE, EACH, *(way for way in WAYS if way != AVERAGE), BY_MASK)
 V_ONLY, K_AND_V = "V", "K+V"
-SCALINGS = (V_ONLY, K_AND_V)
+K_AND_V_BY_WIDTH, K_AND_MEAN_BY_WIDTH = "K+V, by width", "K+mean(V), by width"
+SCALINGS = (V_ONLY, K_AND_V, K_AND_V_BY_WIDTH, K_AND_MEAN_BY_WIDTH)
+_FULL_WIDTH = 1280  # of the widest layers, for the scalings by width
 
 
 class KeysValues(NamedTuple):
@@ -31,22 +34,30 @@ class KeysValues(NamedTuple):
     v: torch.Tensor
 
 
-def fuse(adapter: Adapter, references: torch.Tensor, negative: torch.Tensor | None, fusion: str) -> torch.Tensor:
+def fuse(
+    adapter: Adapter,
+    references: torch.Tensor,
+    negative: torch.Tensor | None,
+    fusion: str,
+    weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Tokens of both sides of guidance from features.
 
     Args:
         references: features of the reference pictures, first axis the pictures.
         negative: features for the unconditional side. None: kind base takes zeros in the place of the embedding, as
             published; the other kinds need the features of an empty picture.
-        fusion: concat puts the tokens of all references side by side; average takes the mean of the features; one per
-            picture keeps them apart.
+        fusion: concat (and one per mask, for one reference at a time) puts the tokens of all references side by side;
+            average and the other `combine.WAYS` make one of the features; one per picture keeps them apart, and
+            repeats the last where there are fewer references than weights or negatives, or the other way round.
+        weights: one for each reference, used here by `combine`; the other fusions: see `weighted`.
 
     Returns:
         (2, pictures, tokens, cross) fp32. Where one side has fewer tokens than the other, its tokens are repeated,
         which leaves an attention over them as it is.
 
     Raises:
-        StyleLoomError: no reference, no features for the unconditional side, numbers that do not fit one per picture.
+        StyleLoomError: no reference, no features for the unconditional side.
     """
     if not len(references):
         raise StyleLoomError("style is an empty batch", "at least one encoded picture", "Look at the node before.")
@@ -59,26 +70,82 @@ def fuse(adapter: Adapter, references: torch.Tensor, negative: torch.Tensor | No
                 "unwanted) picture to negative.",
             )
         negative = references.new_zeros(1, adapter.width)
-    if fusion == AVERAGE:
-        references, negative = (t.float().mean(0, keepdim=True) for t in (references, negative))
-    elif fusion == EACH and len(negative) not in (1, len(references)):
-        raise StyleLoomError(
-            f"negative has {len(negative)} pictures and style {len(references)}",
-            "one negative, or one for each",
-            "Connect one negative picture, or choose another fusion.",
-        )
+    if fusion in WAYS:
+        references, negative = combine(references, fusion, weights), combine(negative, AVERAGE)
+    elif fusion == EACH:
+        count = max(len(references), len(negative), len(weights or ()))
+        references, negative = (_repeat_last(t, count) for t in (references, negative))
     both = torch.cat([references.float(), negative.to(references.device, torch.float32)])
     cond, uncond = image_tokens(adapter, both).split([len(references), len(negative)])
     if fusion == EACH:
-        return _sides(cond, uncond.expand_as(cond))
+        return _sides(cond, uncond)
     cond, uncond = (t.flatten(0, 1)[None] for t in (cond, uncond))
-    length = math.lcm(cond.shape[1], uncond.shape[1])
-    return _sides(*(t.repeat(1, length // t.shape[1], 1) for t in (cond, uncond)))
+    return _evened(cond, uncond)
+
+
+def weighted(made: torch.Tensor, fusion: str, weights: Sequence[float] | None, tokens: int) -> torch.Tensor:
+    """What V is made of: the tokens of `fuse`, each times the weight of its reference; K is made of them as they are.
+
+    So a reference of weight w adds w times what it would add, and keeps its share of the attention. The negative side
+    has no references: with one per picture it takes the weight of its picture, else the mean of the weights, so that
+    equal weights are the same as one weight for all.
+
+    Args:
+        made: from `fuse`, (2, pictures, tokens, cross).
+        weights: one for each reference; None, or a fusion that combines features: nothing changes.
+        tokens: of one reference.
+    """
+    if not weights or fusion in WAYS:
+        return made
+    w = torch.tensor(list(weights), dtype=torch.float32, device=made.device)
+    if fusion == EACH:
+        return made * _repeat_last(w, made.shape[1]).view(1, -1, 1, 1)
+    positive = w.repeat_interleave(tokens)
+    positive = positive.repeat(made.shape[2] // len(positive))
+    return made * _sides(positive, w.mean().expand_as(positive))[:, None, :, None]
+
+
+def turned(away: torch.Tensor, instead: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens with the sides turned round: the negative side sees what the positive one saw.
+
+    Args:
+        away: (2, pictures, tokens, cross), from `fuse` or `weighted`.
+        instead: the same of another picture, for the positive side; None: nothing, tokens of zeros, of which K and V
+            are zeros and the attention adds zeros.
+    """
+    negative = away[POSITIVE]
+    if instead is None:
+        return _sides(torch.zeros_like(negative), negative)
+    positive = instead[POSITIVE]
+    count = max(len(positive), len(negative))
+    return _evened(*(_repeat_last(t, count) for t in (positive, negative)))
+
+
+def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` entries of the first axis, the last of them again where there are fewer."""
+    return t[torch.arange(count, device=t.device).clamp_max(len(t) - 1)] if len(t) != count else t
+
+
+def _evened(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Both sides, (pictures, tokens, cross) each, with as many tokens on each: repeated, which leaves attention as it
+    is."""
+    length = math.lcm(positive.shape[1], negative.shape[1])
+    return _sides(*(t.repeat(1, length // t.shape[1], 1) for t in (positive, negative)))
 
 
 def _sides(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """Both sides of guidance along a new first axis."""
     return torch.stack([{POSITIVE: positive, NEGATIVE: negative}[side] for side in sorted((POSITIVE, NEGATIVE))])
+
+
+def _scaled(x: torch.Tensor, name: str, weight: float, scaling: str) -> torch.Tensor:
+    """K or V times the weight, as `scaling` says."""
+    if scaling in (K_AND_V_BY_WIDTH, K_AND_MEAN_BY_WIDTH):
+        weight = weight * x.shape[-1] / _FULL_WIDTH
+    if scaling == K_AND_MEAN_BY_WIDTH and name == "v":
+        mean = x.mean(-2, keepdim=True)
+        return (x - mean) + mean * weight
+    return x * weight if name == "v" or scaling != V_ONLY else x
 
 
 def project(
@@ -88,15 +155,19 @@ def project(
     scaling: str = V_ONLY,
     dtype: torch.dtype = torch.float16,
     on_layer: Callable[[], None] = lambda: None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[Layer, KeysValues]:
     """K = W_k·t and V = W_v·t, the weight multiplied in: w·softmax(QKᵀ)V = softmax(QKᵀ)(wV).
 
     Args:
         chosen: from `blocks.choose`.
         tokens: by picture ("style", "layout"), each (2, pictures, tokens, cross) fp32, on the device to compute on.
-        scaling: V, or K+V, which also multiplies K: sharper or flatter attention.
+        scaling: V, or K+V, which also multiplies K: sharper or flatter attention. By width: the weight is first
+            multiplied by the layer's width / 1280; K+mean(V) multiplies K and the mean of V over its tokens, and
+            leaves what sets the tokens apart as it is.
         dtype: of the result; computed in fp32 and rounded once.
         on_layer: called after each.
+        values: what V is made of, by picture, where it is not the same tokens: from `weighted`.
 
     Returns:
         Layer → keys and values on the CPU.
@@ -108,11 +179,10 @@ def project(
 
     def one(layer: Layer) -> KeysValues:
         weight, whose = chosen[layer]
-        source, made = tokens[whose], []
+        sources, made = {"k": tokens[whose], "v": (values or tokens)[whose]}, []
         for name, matrix in zip("kv", adapter.layers[numbers[layer]]):
-            result = F.linear(source, matrix.to(source.device, torch.float32))
-            if name == "v" or scaling == K_AND_V:
-                result = result * weight
+            source = sources[name]
+            result = _scaled(F.linear(source, matrix.to(source.device, torch.float32)), name, weight, scaling)
             result = result.to("cpu", dtype)
             if not bool(result.isfinite().all()):
                 raise StyleLoomError(

@@ -1,9 +1,9 @@
-"""A LoRA restricted to some blocks of a UNet: strengths inside and outside of them, in the file's own keys.
+"""A LoRA restricted to some blocks of a model: strengths inside and outside of them, in the file's own keys.
 
-Blocks come from the table of `unet/architecture.py`: what carries style or layout for a picture shown to a layer is
-what carries it in the layer's own weights (B-LoRA, arXiv 2403.14572, found the same blocks by training). Names of
-layers are read in every spelling: diffusers' (`up_blocks.0.attentions.1`) and the original one (`output_blocks.1.1`),
-with dots or kohya's underscores.
+Blocks come from the tables of `unet/architecture.py` and `dit/blocks.py`: what carries style or layout for a picture
+shown to a layer is what carries it in the layer's own weights (B-LoRA, arXiv 2403.14572, found the same blocks by
+training). Names of layers are read in every spelling: diffusers' (`up_blocks.0.attentions.1`) and the original one
+(`output_blocks.1.1`), with dots or kohya's underscores.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from dataclasses import dataclass
 
 import torch
 
+from ..dit.blocks import FLUX1, DiTBlocks
 from ..errors import StyleLoomError
 from ..unet.architecture import ARCHITECTURES, Architecture, transformer_of
 from .keys import group_keys, tensors_of
 from .kinds import kinds_of
 from .lora_model import LoRAModel
+from .made_for import made_for
 from .names import is_text_key
 
-STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM = (
+STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM, STYLE_ALONE = (
     "style blocks",
     "content blocks",
     "layout",
     "attention only",
     "custom patterns",
+    "style blocks without the border",
 )
-PRESETS = (STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM)
+PRESETS = (STYLE, CONTENT, LAYOUT, ATTENTION, CUSTOM, STYLE_ALONE)
 
 _ATTENTION = re.compile(r"(?:^|[._])(?:attn\d?|attention|self_attn|cross_attn|attentions?_?\d*_to)(?:[._]|$)")
 
@@ -63,29 +66,45 @@ def _architecture(stems: list[str]) -> Architecture:
     if len(fitting) != 1:
         raise StyleLoomError(
             f"the LoRA is for no UNet whose style blocks are known ({stems[0]}, …)",
-            "a LoRA for SDXL or SD1.5",
+            "a LoRA for SDXL, SD1.5 or FLUX.1",
             "Choose preset custom patterns and name the layers yourself.",
         )
     return fitting[0]
 
 
-def _inside(stems: list[str], preset: str, patterns: str) -> tuple[set[str], str]:
+def _inside(lora: Mapping, stems: list[str], preset: str, patterns: str) -> tuple[set[str], str]:
     """(the layers inside, in words what that is)."""
     if preset == ATTENTION:
         return {stem for stem in stems if _ATTENTION.search(stem)}, "attention layers"
     if preset == CUSTOM:
         return _matching(stems, patterns)
+    if made_for(lora) == FLUX1.name:
+        return _inside_dit(FLUX1, stems, preset)
     architecture = _architecture(stems)
-    chosen = {STYLE: architecture.style, CONTENT: architecture.content, LAYOUT: architecture.layout}[preset]
+    roles = {STYLE: architecture.style, CONTENT: architecture.content, LAYOUT: architecture.layout}
+    chosen = roles.get(preset)
     if not chosen:
-        raise StyleLoomError(
-            f"{preset} of {architecture.name} are not known",
-            "a LoRA for SDXL",
-            "Choose another preset, or custom patterns.",
-        )
+        raise _not_known(preset, architecture.name, "SDXL" if preset in roles else FLUX1.name)
     words = ", ".join(name for block, _, name in architecture.blocks if block in chosen)
     inside = {stem for stem in stems if (place := transformer_of(stem)) and place[0] in chosen}
     return inside, f"{preset} of {architecture.name}: {words}"
+
+
+def _inside_dit(model: DiTBlocks, stems: list[str], preset: str) -> tuple[set[str], str]:
+    alone = range(model.border[-1] + 1, model.style[-1] + 1)
+    chosen = {STYLE: model.style, CONTENT: model.content, STYLE_ALONE: alone}.get(preset)
+    if chosen is None:
+        raise _not_known(preset, model.name, "SDXL or SD1.5")
+    words = f"{preset} of {model.name}: {model.words(chosen)} ({model.source})"
+    if preset == STYLE:
+        words += f"; content leaks into {model.border[0]} and {model.border[-1]}: {STYLE_ALONE} leaves them out"
+    return {stem for stem in stems if model.block_of(stem) in chosen}, words
+
+
+def _not_known(preset: str, model: str, known: str) -> StyleLoomError:
+    return StyleLoomError(
+        f"{preset} of {model} are not known", f"a LoRA for {known}", "Choose another preset, or custom patterns."
+    )
 
 
 def _matching(stems: list[str], patterns: str) -> tuple[set[str], str]:
@@ -151,7 +170,7 @@ def filter_blocks(
     layers = _layers(lora)
     if not layers:
         raise StyleLoomError("the LoRA is empty", "at least one layer", "Look at the node that makes it.")
-    chosen, words = _inside(list(layers), preset, patterns)
+    chosen, words = _inside(lora, list(layers), preset, patterns)
     if not chosen:
         raise StyleLoomError(
             f"none of the LoRA's {len(layers)} layers is inside ({words})",

@@ -18,6 +18,7 @@ from .names import bare, find_target, is_text_key
 from .sdxl_names import sdxl_kernels, sdxl_key_map
 
 WeightShape = Callable[[str], tuple[int, ...] | None]
+_CUT = ".row_offset"  # written by ComfyUI's own conversion of fused LoKr files
 _SDXL_SHARE = 0.9  # of a file's UNet layers that must be SDXL's; an SD1.5 LoRA reaches a half
 
 
@@ -93,6 +94,14 @@ def read_lora(
             f"{label}: this is no LoRA: {len(useful)} of its {len(lora)} tensors make an adapter (others: {first})",
             "a LoRA, LoCon, LoHa or LoKr",
             "Choose a LoRA. A checkpoint or diffusion model belongs into its own loader.",
+        )
+    cut = [key for key in unknown if key.endswith(_CUT)]
+    if cut:
+        raise StyleLoomError(
+            f"{label}: {len(cut)} LoKr are cut from a fused layer, with the whole first factor and the row where the "
+            f"part begins: {cut[0]}",
+            "adapters of whole layers, or low-rank ones",
+            "Load this LoRA beside the merged one with Apply LoRA or ComfyUI's Load LoRA.",
         )
     result = CanonicalLoRA(label, unknown=list(unknown), dtype=_common_dtype(lora.values()))
     strict = key_map is not None

@@ -11,7 +11,7 @@ import torch
 
 from ..lora.low_rank import LowRank
 from ..lora.reading import CanonicalLoRA
-from ..parallel import map_single_threaded
+from ..parallel import Scratch, map_single_threaded
 from .alignment import all_targets, common_kernel
 from .composed import Pair, merge_few
 from .gauge import principal_gauge
@@ -59,7 +59,7 @@ def merge_fast(
         dtype: of the merged factors; None leaves them as they were computed.
         on_step: called once a layer.
     """
-    loras = (content, style)
+    loras, scratch = (content, style), Scratch()
 
     def composed(targets: list[Hashable]) -> dict[Hashable, tuple[LowRank, LayerReport]]:
         """The layers whose small matrices are enough."""
@@ -71,7 +71,7 @@ def merge_fast(
         found = {}
         for pairs in groups.values():
             weights = torch.tensor([prior(target) for target in pairs], dtype=torch.float64)
-            found |= merge_few(pairs, weights, separation, keep, dtype)
+            found |= merge_few(pairs, weights, separation, keep, dtype, scratch)
         return found
 
     def few(targets: list[Hashable]) -> list[_Done]:

@@ -8,6 +8,7 @@ a mask over ranks does not depend on how a trainer happened to factor its matric
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,19 +44,33 @@ def _clusters(values: torch.Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def settle(own_c: torch.Tensor, own_s: torch.Tensor, p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> None:
+def settle(
+    gram_c: Callable[[torch.Tensor], torch.Tensor],
+    gram_s: Callable[[torch.Tensor], torch.Tensor],
+    p: torch.Tensor,
+    q: torch.Tensor,
+    d: torch.Tensor,
+) -> None:
     """Fix the rotation inside each run of equal cosines, in place, by the directions of up_cᵀup_c + up_sᵀup_s there:
     the one choice that depends on nothing but the two changes and is the same when they swap roles.
 
     Args:
-        own_c, own_s: up_cᵀup_c and up_sᵀup_s before the turn, (rank, rank).
+        gram_c, gram_s: some columns a of p or q, (rank, k) → (up a)ᵀ(up a), with `up` as it was before the turn.
         p, q: what turns them. d: the cosines.
     """
     for first, end in _clusters(d):
         a, b = p[:, first:end], q[:, first:end]
-        _, turn = torch.linalg.eigh(a.T @ own_c @ a + b.T @ own_s @ b)
+        _, turn = torch.linalg.eigh(gram_c(a) + gram_s(b))
         p[:, first:end] = a @ turn
         q[:, first:end] = b @ turn
+
+
+def _gram_of(up: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gram(a: torch.Tensor) -> torch.Tensor:
+        turned = up @ a
+        return turned.T @ turned
+
+    return gram
 
 
 def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
@@ -67,8 +82,7 @@ def principal_gauge(content: ThinSVD, style: ThinSVD) -> Gauge:
     up_c, up_s = content.up * content.values, style.up * style.values
     p, d, qh = torch.linalg.svd(content.down @ style.down.T, full_matrices=True)
     q, d = qh.T.contiguous(), d.clamp(0.0, 1.0)
-    if _clusters(d):
-        settle(up_c.T @ up_c, up_s.T @ up_s, p, q, d)
+    settle(_gram_of(up_c), _gram_of(up_s), p, q, d)
     return Gauge(up_c @ p, p.T @ content.down, up_s @ q, q.T @ style.down, d)
 
 

@@ -27,13 +27,13 @@ def fingerprint(lora: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe(lora: CanonicalLoRA, tensors: Mapping[str, torch.Tensor], strength: float) -> dict:
-    """One ingredient of a recipe."""
+def describe(lora: CanonicalLoRA, tensors: Mapping[str, torch.Tensor], strength: float, digest: str) -> dict:
+    """One ingredient of a recipe. digest: its `fingerprint`."""
     ranks = sorted({adapter.rank for adapter in lora.adapters.values()})
     return {
         "name": lora.label,
         "file": getattr(tensors, "source", ""),
-        "sha256": fingerprint(tensors),
+        "sha256": digest,
         "strength": strength,
         "layers": len(lora.adapters),
         "ranks": ranks,

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from .fused import UnknownCall, fused
 from .low_rank import LowRankTerm, Observer
 from .layouts import Layouts, Split
+from .regions import Places
 from .rows import BATCH, ONE_FOR_ALL, UnknownRows, spans
 from .terms import Term
 
@@ -29,6 +31,7 @@ class ModelCall:
         observers: Branch -> who notes which layers share an input, or None.
         repeats: Rows of a cross-attention whose rows another node repeats -> the branch of each.
         seen: Told of every layer's name and input before it runs, or None.
+        places: How strong the sources with a region are at each place, or None where there are none.
     """
 
     def __init__(self, layouts: Layouts | None = None):
@@ -42,6 +45,8 @@ class ModelCall:
         self.observers: dict[int, Observer] | None = None
         self.repeats: dict[int, tuple[int, ...]] = {}
         self.seen: Callable[[str, torch.Tensor], None] | None = None
+        self._copies: dict[int, tuple[int, ...]] = {}  # as `repeats`, the row of the batch of each
+        self.places: Places | None = None
         self._runs: dict[object, tuple] = {}
 
     def set_rows(
@@ -56,7 +61,7 @@ class ModelCall:
     def forget(self) -> None:
         """Have the rows of all layers worked out anew."""
         self._runs = {}
-        self.repeats = {}
+        self.repeats, self._copies = {}, {}
 
     def repeat(self, places: tuple[int, ...]) -> None:
         """From now on, in this call: the rows of a cross-attention are copies of these rows of the batch. None: it is
@@ -66,16 +71,24 @@ class ModelCall:
         if known != order:
             raise UnknownRows(len(order), self.batch)  # two layers, as many rows, and not the same ones
         self.repeats[len(order)] = order
+        self._copies[len(order)] = places
+
+    def strengths_on(self, name: str, branch: int, first: int, rows: int, out: torch.Tensor) -> tuple:
+        """A branch's strengths on a run of rows of a layer; `out` is the layer's output, or a linear layer's input."""
+        if self.places is None:
+            return self.strengths[branch]
+        copies = self._copies.get(out.shape[0]) if REPEATED in name else None
+        return self.places.strengths(name, branch, first, rows, out, self.strengths[branch], copies)
 
     @contextlib.contextmanager
     def only(self, branch: int, batch: int):
         """While open: the batch is these rows of one branch."""
-        before = self.order, self.batch, self.repeats, self._runs
-        self.order, self.batch, self.repeats, self._runs = (branch,), batch, {}, {}
+        before = self.order, self.batch, self.repeats, self._copies, self._runs
+        self.order, self.batch, self.repeats, self._copies, self._runs = (branch,), batch, {}, {}, {}
         try:
             yield
         finally:
-            self.order, self.batch, self.repeats, self._runs = before
+            self.order, self.batch, self.repeats, self._copies, self._runs = before
 
     def runs(self, x: torch.Tensor, name: str = "") -> tuple[int, tuple]:
         """(axis, runs of rows of the acting branches along it) in one layer, worked out once for each shape."""
@@ -117,10 +130,19 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
     Args:
         name: Of the layer, for `call.called`.
         terms: Branch → its terms, in the order in which their patches would be merged.
+
+    Raises (from the forward that is returned):
+        UnknownRows: see `rows.spans`.
+        UnknownCall: something besides the input that `fused` does not know, in a call in which a term acts.
     """
 
     only = {branch: made[0] for branch, made in terms.items() if len(made) == 1 and isinstance(made[0], LowRankTerm)}
     simple = len(only) == len(terms)
+
+    def acting(x: torch.Tensor) -> tuple[int, tuple]:
+        """(axis, runs of rows in which a term acts)."""
+        axis, runs = call.fresh_runs(x, name)
+        return axis, tuple(run for run in runs if run[0] in terms)
 
     def run(x, *args, **kwargs):
         if not call.active:
@@ -128,51 +150,60 @@ def forward_with_terms(name: str, forward: Callable, terms: Mapping[int, list[Te
                 call.seen(name, x)
             return forward(x, *args, **kwargs)
         x = call.for_each(name, x)
+        parts = None
+        if args or kwargs:  # more than the input: where nothing acts, that is the layer's own business
+            if call.called is not None and not torch.compiler.is_compiling():
+                call.called.add(name)
+            if not acting(x)[1]:
+                return forward(x, *args, **kwargs)
+            if args:
+                raise UnknownCall(name, f"{len(args)} positional arguments besides the input")
+            parts = fused(name, kwargs)
+            x = parts.before(x)
         # Nearly every layer of guidance, in every call but the first.
         if simple and call.called is None and not torch.compiler.is_compiling():
             axis, runs = call.runs(x, name)
-            y = forward(x, *args, **kwargs)
+            y = forward(x)
             for branch, start, length in runs:
                 term = only.get(branch)
                 if term is not None:
-                    term.add(x, x.narrow(axis, start, length), y.narrow(axis, start, length), call.strengths[branch])
-            return y
+                    strengths = call.strengths_on(name, branch, start, length, y)
+                    term.add(x, x.narrow(axis, start, length), y.narrow(axis, start, length), strengths)
+            return y if parts is None else parts.after(y)
         watched = call.called is not None and not torch.compiler.is_compiling()
         if watched:
             call.called.add(name)
-        axis, runs = call.fresh_runs(x, name)
-        runs = tuple(run for run in runs if run[0] in terms)
+        axis, runs = acting(x)
         if not runs:
-            return forward(x, *args, **kwargs)
-
-        def base(value):
-            return forward(value, *args, **kwargs)
+            return forward(x)
 
         # What changes the input does so from the last term to the first: the last was merged last.
         inputs, changed = {}, None
         for branch, start, length in runs:
             rows = x.narrow(axis, start, length)
-            before = []
+            before, strengths = [], call.strengths[branch]
+            if any(term.enters_at_places for term in terms[branch]):
+                strengths = call.strengths_on(name, branch, start, length, x)
             for term in reversed(terms[branch]):
                 before.append(rows)
-                rows = term.enter(rows, call.strengths[branch])
+                rows = term.enter(rows, strengths)
             inputs[branch, start] = before[::-1]
             if rows is not before[0]:
                 changed = x.clone() if changed is None else changed
                 changed.narrow(axis, start, length).copy_(rows)
-        y = base(x if changed is None else changed)
+        y = forward(x if changed is None else changed)
         if torch.is_grad_enabled():
             y = y.clone()  # terms write into it: what autograd has kept of the layer's own output stays as it was
         for branch, start, length in runs:
-            out, strengths = y.narrow(axis, start, length), call.strengths[branch]
+            out, strengths = y.narrow(axis, start, length), call.strengths_on(name, branch, start, length, y)
             for term, rows in zip(terms[branch], inputs[branch, start], strict=True):
                 if isinstance(term, LowRankTerm):
                     if watched and call.observers is not None:
                         call.observers[branch].see(term, x)
                     term.add(x if changed is None else None, rows, out, strengths)
                 else:
-                    term.leave(rows, out, strengths, base)
-        return y
+                    term.leave(rows, out, strengths, forward)
+        return y if parts is None else parts.after(y)
 
     return run
 
@@ -246,6 +277,18 @@ class LayersWithTerms:
         before, made = module.__dict__.get(method), make(getattr(module, method))
         self._changed.append((module, method, made, before))
         setattr(module, method, made)
+
+    def wanted(self) -> dict[torch.nn.Module, Callable[[], bool]]:
+        """Each layer -> whether it has to be called in the call of the model that is running, not computed
+        together with its neighbours: a term may act, or it is noted which layers are called and what they get."""
+        call = self._call
+
+        def asked(branches):
+            return lambda: call.seen is not None or call.active and (
+                call.called is not None or any(each in call.acting and each in call.order for each in branches)
+            )
+
+        return {self._find(name): asked(tuple(terms)) for name, terms in self._terms.items()}
 
     def take_out(self) -> None:
         for module, method, made, before in self._changed:

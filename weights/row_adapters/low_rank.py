@@ -42,15 +42,22 @@ class LowRankTerm(Term):
     def leave(self, x: torch.Tensor, y: torch.Tensor, strengths, base: Callable) -> None:
         self.add(None, x, y, strengths)
 
+    def hidden(self, whole: torch.Tensor | None, x: torch.Tensor, strengths: tuple) -> torch.Tensor | None:
+        """down · x (rows, …, ranks), from the product for all layers with this input where there is one; None where
+        no source has a strength."""
+        if self.shared is not None and whole is not None and not torch.compiler.is_compiling():
+            found = self.shared.hidden(self, whole, x)
+            if found is not None:
+                return found
+        if not any(strengths[source] for source in self.sources):
+            return None
+        return F.linear(self._inputs_of(x), weights_like(self.down, x))
+
     def add(self, whole: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor, strengths: tuple[float, ...]) -> None:
         """`leave`, where x may be rows of `whole`, the object that other layers of a `SharedInput` get too."""
-        hidden = None
-        if self.shared is not None and whole is not None and not torch.compiler.is_compiling():
-            hidden = self.shared.hidden(self, whole, x)
+        hidden = self.hidden(whole, x, strengths)
         if hidden is None:
-            if not any(strengths[source] for source in self.sources):
-                return
-            hidden = F.linear(self._inputs_of(x), weights_like(self.down, x))
+            return
         if hidden.dtype != y.dtype:
             hidden = hidden.to(y.dtype)
         if hidden.ndim != 2:

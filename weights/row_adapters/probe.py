@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from .layouts import Layouts
-from .rows import BATCH, EACH, TILED, Layout, UnknownRows, spans
+from .rows import BATCH, EACH, TILED, UNKNOWN, Layout, UnknownRows, spans
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -70,13 +70,12 @@ def found(seen: Mapping[int | None, Seen], order: tuple[int, ...], batch: int) -
         seen: None -> the run as it is, branch -> the run in which its rows were changed.
         order, batch: See `rows.spans`.
     """
-    plain = seen[None].inputs
     made = {}
-    for name, calls in plain.items():
+    for name, calls in seen[None].inputs.items():
         others = {branch: each.inputs.get(name, []) for branch, each in seen.items() if branch is not None}
-        same = all([shape for shape, _ in each] == [shape for shape, _ in calls] for each in others.values())
-        made[name] = next((layout for layout in _candidates(calls) if _fits(calls, others, layout, order, batch)), None) \
-            if same else None  # fmt: skip
+        shapes = [shape for shape, _ in calls]
+        layouts = _candidates(calls) if all([shape for shape, _ in each] == shapes for each in others.values()) else []
+        made[name] = next((layout for layout in layouts if _fits(calls, others, layout, order, batch)), None)
     return made
 
 
@@ -110,4 +109,4 @@ def layouts_found(seen: Mapping[int | None, Seen], order: tuple[int, ...], batch
     for name, layout in layouts.items():
         if layout is None:
             raise UnknownRows(seen[None].inputs[name][0][0][0], batch, name)
-    return Layouts(_found=layouts)
+    return Layouts(((r"", UNKNOWN),), _found=layouts)  # a layer that has not run may be anything

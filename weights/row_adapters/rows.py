@@ -22,7 +22,8 @@ class Layout:
             stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `ONE_MORE`: the batch
             and one row behind it that belongs to every branch. `ONE_FOR_ALL`: one row that belongs to every branch,
             and whose output may be repeated for each row of the batch. `CHUNKS`: any multiple of the number of chunks;
-            what belongs to one chunk stands together (frames of a video that are latents of their own).
+            what belongs to one chunk stands together (frames of a video that are latents of their own). `UNKNOWN`: not
+            even as many rows as the batch has say anything.
         axis: On which axis they stand.
     """
 
@@ -30,8 +31,8 @@ class Layout:
     axis: int = 0
 
 
-BATCH, EACH, TILED, CHUNKS, ONE_MORE, ONE_FOR_ALL = (
-    Layout(kind) for kind in ("batch", "each", "tiled", "chunks", "one more", "one for all")
+BATCH, EACH, TILED, CHUNKS, ONE_MORE, ONE_FOR_ALL, UNKNOWN = (
+    Layout(kind) for kind in ("batch", "each", "tiled", "chunks", "one more", "one for all", "unknown")
 )
 
 
@@ -63,7 +64,7 @@ def spans(order: tuple[int, ...], batch: int, rows: int, layout: Layout = BATCH)
     kind = layout.kind
     if kind == TILED.kind and rows and rows % batch == 0:
         order = order * (rows // batch)
-    elif rows % len(order) or not (
+    elif kind == UNKNOWN.kind or rows % len(order) or not (
         rows == batch or kind == CHUNKS.kind or kind == EACH.kind and rows and rows % batch == 0
     ):
         raise UnknownRows(rows, batch)

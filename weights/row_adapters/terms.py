@@ -46,7 +46,12 @@ class Term(torch.nn.Module, ABC):
         source: The place of its entry in `strengths`.
         outputs: The output channels that it changes.
         inputs: The input channels that it sees.
+
+    Attributes:
+        enters_at_places: It changes the input of a linear layer, at each place by the strength there.
     """
+
+    enters_at_places = False
 
     def __init__(self, layer: Layer, source: int, outputs: Part = None, inputs: Part = None):
         super().__init__()
@@ -108,11 +113,17 @@ class ConvLowRank(Added):
         self.scale = scale
 
     def _add(self, x, y, strength):
+        self.add_at(x, y, strength, None)
+
+    def add_at(self, x: torch.Tensor, y: torch.Tensor, strength: float, where: torch.Tensor | None) -> None:
+        """Add to y; `where` (1 or rows, 1, *size of y) is the share at each place, or None for all of it."""
         down, up = weights_like(self.down, x), weights_like(self.up, x)
         if self.mid is None:
             hidden = self.layer.convolve(x, down)
         else:
             hidden = self.layer.convolve(self.layer.pointwise(x, down), weights_like(self.mid, x))
+        if where is not None:
+            hidden = hidden * where
         y.add_(self.layer.pointwise(hidden, up), alpha=strength * self.scale)
 
 

@@ -4,52 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_with_key
 
+from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
-from ....weights.row_adapters.layouts import Layouts, Split, layouts_of
+from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.low_rank import Observer, SharedInput
-from ....weights.row_adapters.probe import Seen, changed, layouts_found
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
+from ..fused_layers import called as calls_layers
+from ..lora_patches import find_module
+from ..missing_keys import some
 from ..repeated_rows import tracing
-from ..lora_patches import find_module, some
+from ..row_terms import outside_memory_graph
+from .changed_weights import ChangedWeights
+from .model_layouts import Unlisted, order_in_layers, split_points
 from .plan import Plan
+from .regions import RegionalRun
 
 KEY = "styleloom_branches"
-_NET = "diffusion_model"
-_OURS = "styleloom_"
 
 
-class NormsNotRun(Exception):
-    """Norms whose layers the model does not call; raised after the first pass."""
+class LayersNotRun(Exception):
+    """Layers with terms that the model computes without calling them; raised after the first pass."""
 
     def __init__(self, names: list[str]):
-        super().__init__(f"{len(names)} norms were not called")
+        super().__init__(f"{len(names)} layers were not called")
         self.names = names
-
-
-def split_points(model, layouts: Layouts, names: Iterable[str]) -> list[tuple[str, Split]]:
-    """The parts of a model that have to be run for each side alone, of those that have one of the layers `names`.
-
-    Args:
-        model: The host's BaseModel.
-        layouts: Of its net.
-    """
-    found = []
-    for split in layouts.splits:
-        for name, _ in model.diffusion_model.named_modules():
-            whole = f"{_NET}.{name}" if name else _NET
-            if (name == split.module if not split.module else re.search(split.module, name)) and any(
-                layer.startswith(f"{whole}.") for layer in names
-            ):
-                found.append((whole, split))
-    return found
 
 
 class BranchRun:
@@ -66,12 +51,15 @@ class BranchRun:
         self._plan = plan
         self.sides = BatchSides()
         self._calls: dict[int, ModelCall] = {}
+        self._changed: dict[int, ChangedWeights] = {}
         self._shared: list[SharedInput] = []
-        self._apart = False
+        self._apart = bool(plan.changes)
         self._observed = False
         self._prepared: set[str] = set()
-        self._unlisted: set[int] = set()
-        self._found: dict[tuple, Layouts] = {}
+        self._unlisted = Unlisted()
+        self._regions = RegionalRun(plan.regions) if plan.regions.any else None
+        self._mixed = False  # the last call of guidance had a batch with both sides
+        self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
 
     @contextlib.contextmanager
     def active(self, patchers: list, model_options: dict):
@@ -93,19 +81,34 @@ class BranchRun:
                 stack.enter_context(self._injected(patcher))
             try:
                 yield self
+                self._tell()
             finally:
                 for shared in self._shared:
                     shared.undo()
                 self._shared.clear()
                 self._calls.clear()
+                self._changed.clear()
+                if self._regions is not None:
+                    self._regions.forget()
+
+    def _tell(self) -> None:
+        """What sampling has shown, for the report."""
+        together, alone = self._steps[True], self._steps[False]
+        if together:
+            line = f"sampled with both sides in one batch, in {together} of {together + alone} evaluations"
+            self._plan.tell(line, logging.INFO)
+        elif alone and not (self._apart or any(self._plan.hooks.values())):
+            self._plan.tell(
+                "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
+                "cannot be put side by side, and for models that take one picture at a time",
+                logging.INFO,
+            )
 
     @contextlib.contextmanager
     def _injected(self, patcher):
         """As one of the host's injections, which it takes out and puts back when hooks change weights in between."""
         layouts = layouts_of(patcher.model.diffusion_model)
         call = self._calls[id(patcher.model)] = ModelCall(layouts)
-        if not layouts.known:
-            self._unlisted.add(id(patcher.model))
         layers = LayersWithTerms(
             lambda name: find_module(patcher.model, name),
             self._plan.terms,
@@ -114,14 +117,16 @@ class BranchRun:
         )
         patcher.set_injections(KEY, [PatcherInjection(lambda _: layers.put_in(), lambda _: layers.take_out())])
         others = patcher.is_injected
-        try:
-            layers.put_in()
-            patcher.is_injected = True
-            yield
-        finally:
-            layers.take_out()
-            patcher.remove_injections(KEY)
-            patcher.is_injected = others
+        changed = self._changed[id(patcher.model)] = ChangedWeights(patcher.model, self._plan.changes, call)
+        with calls_layers(layers.wanted()), changed.put_in():
+            try:
+                layers.put_in()
+                patcher.is_injected = True
+                yield
+            finally:
+                layers.take_out()
+                patcher.remove_injections(KEY)
+                patcher.is_injected = others
 
     @contextlib.contextmanager
     def preparing(self, model, sigmas: torch.Tensor):
@@ -154,8 +159,8 @@ class BranchRun:
                 model.extra_conds = before
             if self._prepared:
                 logging.info(
-                    "StyleLoom: Asymmetric CFG: %d of the LoRAs' layers prepare the prompts, each with the LoRAs of its "
-                    "side: %s",
+                    "StyleLoom: Asymmetric CFG: %d of the LoRAs' layers prepare the prompts, with the LoRAs of each side: "
+                    "%s",
                     len(self._prepared),
                     some(sorted(self._prepared)),
                 )
@@ -163,22 +168,28 @@ class BranchRun:
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
         model_options = noting(x_in, model_options)
-        if not self._apart:
-            try:
-                return executor(model, conds, x_in, timestep, model_options)
-            except UnknownRows as unknown:
-                self._apart = True
-                logging.warning(
-                    "StyleLoom: Asymmetric CFG: a layer of %s got %s; both branches now run one after the other, which "
-                    "gives the same picture in more time",
-                    type(model).__name__,
-                    unknown,
-                )
-        alone = [
-            executor(model, [c if i == j else None for i, c in enumerate(conds)], x_in, timestep, model_options)
-            for j in range(len(conds))
-        ]
-        return [outputs[j] for j, outputs in enumerate(alone)]
+        if self._regions is not None:
+            model_options = self._regions.told(conds, x_in, model_options)
+        if sum(cond is not None for cond in conds) < 2:
+            return executor(model, conds, x_in, timestep, model_options)
+        self._mixed = False
+        try:
+            if not self._apart:
+                try:
+                    return executor(model, conds, x_in, timestep, model_options)
+                except UnknownRows as unknown:
+                    self._apart, self._mixed = True, False
+                    self._plan.tell(
+                        f"sampled with the sides one after the other, which gives the same picture in more time: a "
+                        f"layer of {type(model).__name__} got {unknown}"
+                    )
+            alone = [
+                executor(model, [c if i == j else None for i, c in enumerate(conds)], x_in, timestep, model_options)
+                for j in range(len(conds))
+            ]
+            return [outputs[j] for j, outputs in enumerate(alone)]
+        finally:
+            self._steps[self._mixed] += 1
 
     def _apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
@@ -188,22 +199,39 @@ class BranchRun:
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
-        order = self._order(options, x.shape[0], given, call.layouts)
-        if id(executor.class_obj) in self._unlisted and len(order) > 1:
-            self._find_layouts(executor, call, order, (x, t, c_concat, c_crossattn, control, options, kwargs))
+        inner = executor.class_obj.diffusion_model
+        listed = layouts_of(inner)
+        rows = rows_of(self.sides, options, x.shape[0], given)
+        order = order_in_layers(rows, listed, given, x.shape[0], len(options.get("cond_or_uncond") or [0]))
+        if not listed.known and len(order) > 1:
+            whole = (x, t, c_concat, c_crossattn, control, options, kwargs)
+            self._unlisted.find(executor, call, order, whole, type(inner).__name__)
         strengths = self._strengths(t, options)
-        options = tracing(options, executor.class_obj.diffusion_model, call.repeat)
+        mixed = len(set(order)) > 1
+        self._mixed = self._mixed or mixed
+        if self._plan.changes and mixed:
+            raise StyleLoomError(
+                "another node runs both sides in one call of the model, and some weights here have to be different for "
+                "each side",
+                "a LoRA that needs no changed weights (the report names those that do), or a model without quantised "
+                "layers",
+                "Leave the other node out, or load the model in fp16, bf16 or fp8.",
+            )
+        options = tracing(options, inner, call.repeat)
         call.set_rows(
             order,
             x.shape[0],
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
+        if self._regions is not None:
+            call.places = self._regions.places(executor.class_obj, x, options, rows, {**given, "context": c_crossattn})
         if not self._observed:
             call.observers, call.called = {POSITIVE: Observer(), NEGATIVE: Observer()}, set()
         call.active = True
         try:
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            with self._changed[id(executor.class_obj)].exchanged():
+                result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
             call.active = False
             observers, call.observers = call.observers, None
@@ -214,66 +242,23 @@ class BranchRun:
             self._learn(observers, called)
         return result
 
-    def _order(self, options: Mapping, batch: int, given: Mapping, layouts: Layouts) -> tuple[int, ...]:
-        """The side of each run of rows, as the model's layers get them."""
-        rows = rows_of(self.sides, options, batch, given)
-        if rows is not None and len(set(rows.sides)) == 1:
-            return rows.sides[:1]
-        mixed = rows is None or any(given.get(name) is not None for name in layouts.apart)
-        if mixed or layouts.swaps and not (rows.plain and len(rows.sides) == 2):
-            raise UnknownRows(batch, len(options.get("cond_or_uncond") or [0]))
-        return rows.sides[::-1] if layouts.swaps else rows.sides
-
-    def _find_layouts(self, executor, call: ModelCall, order: tuple[int, ...], given: tuple) -> None:
-        """A class of models that the table does not know: see `probe.py`.
-
-        Raises:
-            UnknownRows: a layer stays unknown, or the model cannot be run once more in between: what other nodes have
-                put on it may count the calls, and a control's tensors are used up by one.
-        """
-        x, _, _, _, control, options, _ = given
-        batch, key = x.shape[0], (x.shape, order)
-        if key in self._found:
-            if call.layouts is not self._found[key]:
-                call.layouts = self._found[key]
-                call.forget()
-            return
-        others = [name for kind in (options.get("wrappers") or {}).values() for name in kind if not str(name).startswith(_OURS)]
-        if control is not None or others or options.get("patches") or options.get("patches_replace"):
-            raise UnknownRows(batch, batch, f"{type(executor.class_obj.diffusion_model).__name__}, with other nodes on it")
-        seen = {}
-        try:
-            for branch in (None, POSITIVE, NEGATIVE):
-                call.seen = seen[branch] = Seen()
-                x, t, c_concat, c_crossattn, _, _, kwargs = given
-                x, t, c_concat, c_crossattn = (
-                    changed(value, order, batch, branch) for value in (x, t, c_concat, c_crossattn)
-                )
-                kwargs = {name: changed(value, order, batch, branch) for name, value in kwargs.items()}
-                executor(x, t, c_concat, c_crossattn, None, dict(options), **kwargs)
-        finally:
-            call.seen = None
-        call.layouts = self._found[key] = layouts_found(seen, order, batch)
-        call.forget()
-        logging.info(
-            "StyleLoom: Asymmetric CFG: %s is not in the table of models; three more calls of it have shown that both "
-            "sides can run in one batch",
-            type(executor.class_obj.diffusion_model).__name__,
-        )
-
     def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
         """After the first pass: which layers share an input, and which were not called by the model."""
         self._observed = True
         idle = self._plan.terms.keys() - called - self._prepared
-        norms = sorted(idle & self._plan.norms.keys())
-        if norms:
-            raise NormsNotRun(norms)
-        if idle and called:  # none at all: the whole model is compiled, and nothing was seen
-            logging.info(
-                "StyleLoom: the model does not use %d of the LoRA's layers here: %s", len(idle), some(sorted(idle))
+        # None called at all: the whole model is compiled, and nothing was seen. Norms are then the one uncertain thing.
+        apart = sorted(name for name in idle & self._plan.patches.keys() if called or name in self._plan.norms)
+        if apart:
+            raise LayersNotRun(apart)
+        if idle and called:
+            self._plan.tell(
+                f"  {len(idle)} layers of the LoRAs were not called in the first step, so that nothing acts there "
+                f"unless a later step calls them: {some(sorted(idle))}",
+                logging.INFO,
             )
-        for observer in observers.values():
-            self._shared.extend(observer.groups())
+        with outside_memory_graph():
+            for observer in observers.values():
+                self._shared.extend(observer.groups())
 
     def _strengths(self, t: torch.Tensor, options: Mapping) -> dict[int, tuple[float, ...]]:
         made = {}

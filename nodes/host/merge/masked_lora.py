@@ -6,6 +6,7 @@ strengths.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
@@ -19,8 +20,12 @@ from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.layers import layer_of
 from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE, MaskedLowRank
-from ..lora_patches import find_module, some
+from ..fused_layers import called
+from ..lora_patches import find_module
+from ..missing_keys import some
+from ..prefix_cache import without_prefix_cache
 from ..row_terms import carry, computed_in, parts_of
+from ..versions import host_versions
 
 KEY = "styleloom_masked_lora"
 
@@ -79,6 +84,9 @@ class MaskedLoRA:
             are as before.
         ranks: From `stacked_ranks`.
 
+    Attributes:
+        options: What `transformer_options` needs in every call of the model; the MODEL has it while the block is open.
+
     Raises:
         StyleLoomError: a layer that the model does not have, or of a kind that takes no LoRA.
     """
@@ -90,6 +98,8 @@ class MaskedLoRA:
         self._alone = {CONTENT: tuple((0, content) for content, _ in alone), STYLE: tuple(alone)}
         self._terms: list[MaskedLowRank] = []
         self._layers: LayersWithTerms | None = None
+        self._open = contextlib.ExitStack()
+        self.options = without_prefix_cache(model.model.diffusion_model)
 
     def __enter__(self) -> MaskedLoRA:
         dtype, layers = computed_in(self.model), {}
@@ -109,6 +119,12 @@ class MaskedLoRA:
         self.use([CONTENT])
         carry(self.model, KEY, torch.nn.ModuleList(self._terms))
         self._layers.put_in()
+        self._open.enter_context(called(self._layers.wanted()))
+        if self.options:
+            before = self.model.model_options
+            self._open.callback(setattr, self.model, "model_options", before)
+            added = {**before.get("transformer_options", {}), **self.options}
+            self.model.model_options = {**before, "transformer_options": added}
         self._call.active, self._call.called = True, set()
         return self
 
@@ -117,6 +133,7 @@ class MaskedLoRA:
         self._layers.take_out()
         self.model.remove_additional_models(KEY)
         self._terms, self._layers = [], None  # with them go the copies on the device
+        self._open.__exit__(*exc)
 
     def use(self, rows: Sequence[int], masks: Sequence[torch.Tensor] | None = None) -> None:
         """What each row of the model's input is, from now on.
@@ -158,11 +175,11 @@ class MaskedLoRA:
         missing = sorted({each.layer for each in self.ranks} - self._call.called)
         if missing:
             raise StyleLoomError(
-                f"{len(missing)} layers that the LoRAs change were not called by the model: {some(missing)}",
+                f"{len(missing)} layers that the LoRAs change were not called by the model: {some(missing)} "
+                f"({host_versions()})",
                 "a model that calls every layer of the two LoRAs",
-                "ComfyUI computes some layers of INT8 models, and of fp16 models with --fast fp16_accumulation, in one "
-                "step with what comes before them, where no LoRA can be added. Load the model in another precision "
-                "(fp8, fp16, bf16), start ComfyUI without that option, or use the mode fast.",
+                "Another custom node may compute these layers by itself: leave it out of the chain of this model. Or "
+                "load the model in another precision (fp8, fp16, bf16), or use the mode fast.",
             )
 
 

@@ -109,7 +109,11 @@ class Trainer:
                 end += 1
             self.lora.use(rows[start:end], masks)
             c = comfy.samplers.cond_cat(conds[start:end])
-            c["transformer_options"] = {"cond_or_uncond": [0] * (end - start), "sigmas": sigma[start:end]}
+            c["transformer_options"] = {
+                "cond_or_uncond": [0] * (end - start),
+                "sigmas": sigma[start:end],
+                **self.lora.options,
+            }
             with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
                 made.append(self.model.model.apply_model(x[start:end], sigma[start:end], **c).float())
             start = end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from ....weights.errors import StyleLoomError
 from ....weights.lora.algebra import cut, frobenius_norm
@@ -37,7 +38,13 @@ class ZipRank:
         if mode != FAST:
             self._check_needs()
         self.known = model_targets(model, clip)
-        self.loras = [self.known.read(lora, name) for lora, name in zip(self.tensors, ("content_lora", "style_lora"))]
+        jobs = []
+        for lora, name in zip(self.tensors, ("content_lora", "style_lora")):
+            jobs += [partial(self.known.read, lora, name), partial(report.fingerprint, lora)]
+        # A hash goes over the whole file without Python's lock, so it runs beside the reading, which holds it.
+        with map_single_threaded(lambda job: job(), jobs) as done:
+            found = list(done)
+        self.loras, self.hashes = found[::2], found[1::2]
         align(self.loras, self.known.weight_shape)
         check_sizes(self.loras, self.known.weight_shape)
         self.family = self.known.family or self.loras[0].family
@@ -87,9 +94,9 @@ class ZipRank:
                 self._route()
         merged = self.merged
         other = pass_other(self.loras, list(self.strengths), self.notes, lambda i, target: self.prior(target)[i] == 0)
-        described = zip(self.loras, self.tensors, self.strengths)
-        with map_single_threaded(lambda item: report.describe(*item), described) as found:  # hashes of whole files
-            sources = list(found)
+        sources = [
+            report.describe(*each) for each in zip(self.loras, self.tensors, self.strengths, self.hashes, strict=True)
+        ]
         recipe = {
             "node": "ZipRank Merge",
             "mode": self.mode,

@@ -13,6 +13,7 @@ Which rows of a batch are the negative side is decided in `batch_rows.py`.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -23,11 +24,13 @@ from comfy.patcher_extension import WrappersMP
 from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
+from ..areas import pictures_of
 from ..batch_rows import Rows, noting, rows_of
 from ..batch_sides import BatchSides
 from ..repeated_rows import KEY as REPEATED
 from ..repeated_rows import tracing
-from .mask_grid import MaskGrid, areas_of
+from .mask_grid import MaskGrid, areas_of, nearest
+from .step_weights import StepWeights
 
 _KEY = "styleloom_style"
 _AREAS = "styleloom_areas"
@@ -41,17 +44,24 @@ class StyleAttention:
         layers: from `keys_values.project`.
         mask: (pictures, height, width) or None.
         start, end: share of the schedule, 0 to 1.
+        steps: what the picture adds is multiplied by this as well, or None.
     """
 
     def __init__(
-        self, layers: Mapping[Layer, KeysValues], mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0
+        self,
+        layers: Mapping[Layer, KeysValues],
+        mask: torch.Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        steps: StepWeights | None = None,
     ):
         self.pictures = max((kv.k.shape[1] for kv in layers.values()), default=1)
         self.layers = {
-            layer: KeysValues(*(t.expand(-1, self.pictures, -1, -1) for t in kv)) for layer, kv in layers.items()
+            layer: KeysValues(*(_repeat_last(t, self.pictures) for t in kv)) for layer, kv in layers.items()
         }
         self.mask = None if mask is None else MaskGrid(mask)
-        self.start, self.end = start, end
+        self.start, self.end, self.steps = start, end, steps
+        self._told: set = set()
         self.sides = BatchSides()
         self._cache: dict = {}
         self._window = (None, 0.0, 0.0)
@@ -74,6 +84,7 @@ class StyleAttention:
             return executor(*args, **kwargs)
         finally:
             self.sides.forget()
+            self._told = set()
             self._cache = {}
             self._window = (None, 0.0, 0.0)
             if self.mask is not None:
@@ -105,11 +116,20 @@ class StyleAttention:
             )
             options = tracing(options, executor.class_obj.diffusion_model)
             call = _Call(self, options, len(x), _known(rows, len(x), options))
+            if self.steps is not None:
+                call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
             for layer in self.layers:
                 before = attn2.get(layer) or attn2.get(layer[:2])
                 attn2[layer] = _Replacement(call, layer, before)
             options = {**options, "patches_replace": {**replace, "attn2": attn2}}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def tell(self, name: str, count: int, total: int) -> None:
+        """Says once a run that there are more or fewer pictures than are being made."""
+        if (name, count, total) not in self._told:
+            self._told.add((name, count, total))
+            what = "the last is used again" if count < total else f"only the first {total} are used"
+            logging.warning("StyleLoom: %s has %d pictures, and %d are being made: %s", name, count, total, what)
 
     def _is_on(self, model, t: torch.Tensor) -> bool:
         if self.start <= 0.0 and self.end >= 1.0:
@@ -140,7 +160,7 @@ class StyleAttention:
 
     def _arrange(self, t: torch.Tensor, sides: tuple[int, ...], frames: tuple[int, ...]) -> torch.Tensor:
         if self.pictures > 1:
-            t = t[:, list(frames)]
+            t = t[:, list(nearest(frames, self.pictures))]
         return t[list(sides)].flatten(0, 1)
 
 
@@ -152,20 +172,14 @@ class _Call:
         chunks = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(chunks)
         self.sides = rows.sides
-        self.frames, total = _frames(options, count // len(self.sides))
+        self.frames, total = pictures_of(options, count // len(self.sides))
         self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
+        self.factor = 1.0
         if not rows.plain:
             self._needs_plain("Another node lays tiles of the picture into one batch")
-        wanted = {"style": style.pictures, "mask": style.mask.pictures if style.mask else 1}
-        for name, count in wanted.items():
+        for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
             if count not in (1, total):
-                raise StyleLoomError(
-                    f"{name} has {count} pictures, and {total} are being made",
-                    "one for all, or one for each",
-                    "Encode as many pictures as the latent batch has, or choose the fusion concat."
-                    if name == "style"
-                    else "Give one mask, or one for each picture of the batch.",
-                )
+                style.tell(name, count, total)
 
     def image(self, layer: Layer, q: torch.Tensor, extra_options: dict) -> torch.Tensor:
         """Attention over the image tokens, (rows, n, width), weight and mask applied."""
@@ -182,6 +196,8 @@ class _Call:
             attn_precision=extra_options.get("attn_precision"),
             transformer_options=extra_options,
         ).reshape(q.shape)
+        if self.factor != 1.0:
+            out = out * self.factor
         if self.style.mask is not None:
             out = out * self.style.mask.rows(q, extra_options, self.areas, self.frames)
         return out
@@ -256,15 +272,6 @@ class _Replacement:
         return out
 
 
-def _frames(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:
-    """(which pictures of the whole batch the rows of a side are, how many there are in all).
-
-    The host's context windows and AnimateDiff-Evolved's (`ad_params`) show the UNet a part of the pictures at a time.
-    """
-    window = options.get("context_window")
-    if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == each:
-        return tuple(window.index_list), getattr(window, "total_frames", 0) or max(window.index_list) + 1
-    params = options.get("ad_params") or {}
-    if params.get("sub_idxs") is not None and len(params["sub_idxs"]) == each:
-        return tuple(params["sub_idxs"]), params.get("full_length") or max(params["sub_idxs"]) + 1
-    return tuple(range(each)), each
+def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` pictures along the second axis: one for all, or the last again where there are fewer."""
+    return t.expand(-1, count, -1, -1) if t.shape[1] == 1 else t[:, list(nearest(range(count), t.shape[1]))]

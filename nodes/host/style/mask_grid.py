@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
+from .. import areas
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
+
+
+def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
+    """Which of `count` pictures each frame gets: its own, or the last where there are fewer pictures than frames."""
+    return tuple(min(frame, count - 1) for frame in frames)
 
 
 def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
@@ -17,15 +23,7 @@ def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
 
     Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
     """
-    if len(shape) != 2:
-        return {}
-    found = {}
-    for cond in (cond for side in conds for cond in side or ()):
-        area = cond.get("area")
-        if area is not None and len(area) == 4:
-            height, width, top, left = area
-            found[cond.get("uuid")] = (min(shape[0] - top, height), min(shape[1] - left, width), top, left, *shape)
-    return found
+    return {uuid: (*area, *shape) for uuid, area in areas.areas_of(conds, shape).items()} if len(shape) == 2 else {}
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
@@ -85,7 +83,7 @@ class MaskGrid:
     ) -> torch.Tensor:
         mask = self.mask[:, None]
         if self.pictures > 1:
-            mask = mask[list(frames)]
+            mask = mask[list(nearest(frames, self.pictures))]
         made = {None: mask} if None in areas else {}
         for area in set(areas) - {None}:
             height, width, top, left, *full = area

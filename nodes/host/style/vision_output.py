@@ -2,7 +2,7 @@
 
 Notes are further attributes, which consumers that do not know them leave alone:
 `styleloom_empty`, penultimate hidden states of an empty picture by the same encoder; `styleloom_subtracted`, in words,
-that `image_embeds` was changed while the patch features were not.
+that `image_embeds` was changed while the patch features were not; `styleloom_only`, the one field that a file held.
 """
 
 from __future__ import annotations
@@ -18,44 +18,28 @@ from ....weights.clip_space.towers import image_tower
 from ....weights.errors import StyleLoomError
 from ....weights.ip_adapter.formats import Adapter
 from ..progress import Steps
+from .squares import FITS, POSITIONS, masked, places, squares
 
-CROP, PAD, TILES = "crop", "pad", "tiles"
-FITS = (CROP, PAD, TILES)
+__all__ = ["FITS", "POSITIONS", "encode_picture", "features", "places", "sizes", "squares", "with_embeds"]
+
 _AT_ONCE = 8
 _empty: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def squares(image: torch.Tensor, fit: str, mean: list[float]) -> torch.Tensor:
-    """Square pictures of what the encoder will look at.
+def encode_picture(
+    clip_vision,
+    image: torch.Tensor,
+    fit: str,
+    position: str = POSITIONS[0],
+    mask: torch.Tensor | None = None,
+    weight: float = 1.0,
+):
+    """Encode pictures with the host's encoder, a few at a time.
 
     Args:
-        image: (pictures, height, width, channels) 0 to 1; channels after the third are dropped.
-        fit: crop leaves the cropping to the encoder; pad adds borders of the encoder's mean colour, which it sees as
-            nothing; tiles covers the picture with the fewest squares, evenly spread, those of a picture in a row.
-        mean: the encoder's mean colour.
-
-    Returns:
-        (pictures or tiles, height, width, 3).
-    """
-    image = image[..., :3]
-    count, height, width, _ = image.shape
-    if fit == PAD and height != width:
-        side = max(height, width)
-        padded = torch.tensor(mean, dtype=image.dtype, device=image.device).expand(count, side, side, 3).clone()
-        top, left = (side - height) // 2, (side - width) // 2
-        padded[:, top : top + height, left : left + width] = image
-        return padded
-    if fit == TILES and height != width:
-        side, long = min(height, width), max(height, width)
-        number = -(-long // side)
-        starts = [round(i * (long - side) / (number - 1)) for i in range(number)]
-        cuts = [image[:, s : s + side] if height > width else image[:, :, s : s + side] for s in starts]
-        return torch.stack(cuts, dim=1).flatten(0, 1)
-    return image
-
-
-def encode_picture(clip_vision, image: torch.Tensor, fit: str):
-    """Encode pictures with the host's encoder, a few at a time.
+        image: (pictures, height, width, channels). fit, position: see `squares.py`.
+        mask: what of the pictures is seen, see `squares.masked`.
+        weight: multiplies what the encoder gives; not the encoding of the empty picture.
 
     Raises:
         StyleLoomError: no picture; values that are not finite.
@@ -68,7 +52,9 @@ def encode_picture(clip_vision, image: torch.Tensor, fit: str):
         )
     if not bool(image.isfinite().all()):
         raise StyleLoomError("image has values that are not finite", "0 to 1", "Look at the node that makes it.")
-    pictures = squares(image, fit, clip_vision.image_mean)
+    if mask is not None:
+        image = masked(image, mask, clip_vision.image_mean)
+    pictures = squares(image, fit, clip_vision.image_mean, position)
     steps = Steps(-(-len(pictures) // _AT_ONCE))
     parts = []
     for first in range(0, len(pictures), _AT_ONCE):
@@ -78,7 +64,7 @@ def encode_picture(clip_vision, image: torch.Tensor, fit: str):
     for name, value in vars(parts[0]).items():
         values = [getattr(part, name) for part in parts]
         if isinstance(value, torch.Tensor):
-            whole[name] = torch.cat(values)
+            whole[name] = torch.cat(values) * weight if weight != 1.0 else torch.cat(values)
         else:
             whole[name] = [item for part in values for item in part] if isinstance(value, list) else value
     if clip_vision.model_type == "clip_vision_model":
@@ -104,6 +90,13 @@ def sizes(output, name: str) -> tuple[int, int, int]:
     Raises:
         StyleLoomError: no output of a CLIP encoder (SigLIP and DINO have no projected vector).
     """
+    only = getattr(output, "styleloom_only", None)
+    if only:
+        raise StyleLoomError(
+            f"{name} was loaded from a file that holds {only} only",
+            "the whole output of an image encoder",
+            "Encode the picture with Encode Style Image.",
+        )
     hidden = getattr(output, "penultimate_hidden_states", None)
     embeds = getattr(output, "image_embeds", None)
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or embeds is None or embeds.ndim != 2:
@@ -122,6 +115,9 @@ def features(adapter: Adapter, outputs: list, name: str) -> torch.Tensor:
         StyleLoomError: encoded by another encoder than the adapter's; content subtracted where it cannot be seen.
     """
     for output in outputs:
+        only = getattr(output, "styleloom_only", None)
+        if only is not None and only == adapter.feature and getattr(output, only).shape[-1] == adapter.width:
+            continue
         found = sizes(output, name)
         tower = image_tower(*found)
         width = found[1] if adapter.feature == "image_embeds" else found[0]
