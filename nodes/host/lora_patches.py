@@ -138,15 +138,16 @@ def lora_patches(
             "a LoRA for a model of this width",
             "Use the LoRA with the model that it was made for.",
         )
-    return {target: _workable(adapter) for target, adapter in patches.items()}
+    return {target: workable(adapter) for target, adapter in patches.items()}
 
 
-def _workable(adapter):
+def workable(adapter):
     """The adapter in a form at which the host's merge does not stop."""
     parts = from_host(adapter)
     ((kind, own),) = kinds_of(parts, adapter[0] if isinstance(adapter, tuple) else adapter.name)
     made = kind.for_host(own)
-    return adapter if made.keys() == own.keys() else to_host(adapter, made)
+    same = made.keys() == own.keys() and all(made[part] is own[part] for part in own)
+    return adapter if same else to_host(adapter, made)
 
 
 def passed_over(roots: Iterable[torch.nn.Module], patches: Mapping) -> set:

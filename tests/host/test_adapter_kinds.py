@@ -3,6 +3,8 @@ reading, filtering, merging, applying on rows of a batch, and writing."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +169,54 @@ def test_what_would_stop_the_hosts_merge_is_given_to_it_in_another_form(
     found = host.comfy.lora.calculate_weight(patches, weight, "w", layer.weight.dtype)
     close(found, due, kind)
     assert "ERROR" not in caplog.text
+
+
+LOKR_FORMS = {
+    "two factors": {"lokr_w1": (2, 3), "lokr_w2": (4, 4, 3)},
+    "w1 of two": {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 3), "lokr_w2": (4, 4, 3)},
+    "w2 of two": {"lokr_w1": (2, 3), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 12)},
+    "a core": {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 3), "lokr_t2": (2, 2, 3), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 4)},
+}
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("form", LOKR_FORMS)
+def test_lokr_on_convolutions_over_one_and_three_axes(form, axes, host, pack, caplog):
+    """Against the product of the factors, entry by entry: of such kernels the host's own merge puts the channels of two
+    whole factors in the wrong places, and cannot read a core."""
+    torch.manual_seed(5)
+    layer = {1: torch.nn.Conv1d, 3: torch.nn.Conv3d}[axes](12, 8, 3, padding=1).to(F64).requires_grad_(False)
+    kernel = (3,) * axes
+    lora = {}
+    for name, shape in LOKR_FORMS[form].items():
+        if name in ("lokr_w2", "lokr_t2"):
+            shape = (*shape[:2], *kernel)
+        elif shape == (2, 12):
+            shape = (2, 4 * 3**axes)
+        lora[f"{STEM}.{name}"] = torch.randn(shape, dtype=F64)
+    lora[f"{STEM}.alpha"] = torch.tensor(3.0)
+
+    t = {name.rpartition(".")[2]: value for name, value in lora.items()}
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_t2" in t:
+        w2 = torch.einsum("ij...,ip,jr->pr...", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2"] if "lokr_w2" in t else (t["lokr_w2_a"] @ t["lokr_w2_b"]).reshape(4, 4, *kernel)
+    scale = 1.0 if form == "two factors" else 3.0 / 2
+    change = scale * torch.einsum("ab,oi...->aobi...", w1, w2).reshape(layer.weight.shape)
+
+    patch = sys.modules[f"{pack.__name__}.nodes.host.lora_patches"].workable(patch_of(host, lora))
+    found = host.comfy.lora.calculate_weight([(0.5, patch, 1.0, None, None)], layer.weight.clone(), "w", F64)
+    close(found, layer.weight + 0.5 * change)
+    assert "ERROR" not in caplog.text
+    for parts in (from_host(patch_of(host, lora)), from_host(patch)):  # as in the file, and as the host is given it
+        ((row, own),) = kinds_of(parts, "x")
+        assert (8, 12 * 3**axes) in row.shapes(own)
+        low = row.low_rank(own)
+        close((low.up @ low.down).reshape(layer.weight.shape) * low.scale, change)
+        x = torch.randn(2, 12, *(5, 4, 6)[:axes], dtype=F64)
+        due = layer(x) + 0.5 * layer_of(layer).convolve(x, change)
+        close(applied("lokr", layer, row.row_form(own, Place(KEY_MAP[STEM], "weight", layer_of(layer), 0)), x, 0.5), due)
 
 
 def test_a_member_that_a_newer_host_adds(host, made):

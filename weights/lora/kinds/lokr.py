@@ -56,7 +56,7 @@ class LoKrKind(AddedKind):
         if first is None:
             rows, across = parts["lokr_w1_a"].shape[0], parts["lokr_w1_b"].shape[1]
         else:
-            rows, across = first.shape
+            rows, across = first.shape[0], columns(first)
         if second is not None:
             return [(rows * second.shape[0], across * columns(second))]
         if core is None:
@@ -71,7 +71,7 @@ class LoKrKind(AddedKind):
 
     def _first(self, parts: Parts) -> torch.Tensor:
         if parts.get("lokr_w1") is not None:
-            return wide(parts["lokr_w1"])
+            return wide(parts["lokr_w1"]).flatten(1)  # see `for_host`
         return wide(parts["lokr_w1_a"]) @ wide(parts["lokr_w1_b"])
 
     def _second(self, parts: Parts) -> torch.Tensor:
@@ -106,15 +106,20 @@ class LoKrKind(AddedKind):
         return LowRank(down, up, self.kernel(parts))
 
     def for_host(self, parts: Parts) -> dict[str, Any]:
-        """With the Tucker form multiplied out, its scale in it: torch.kron stops at the memory layout in which the host
-        makes it."""
-        if parts.get("lokr_t2") is None:
+        """Two forms multiplied out, their scale in them. With a Tucker core torch.kron stops at the memory layout in
+        which the host makes it. Of a convolution over one or three axes the host does not give w1 the axes of the
+        kernel: its Kronecker product has the right size, and the channels in the wrong places."""
+        core, second = parts.get("lokr_t2"), parts.get("lokr_w2")
+        if core is None and (second is None or second.ndim in (2, 4)):
             return dict(parts)
-        core, left, right = (wide(parts[name]) for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
-        first = {name: parts[name] for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "dora") if name in parts}
-        if "lokr_w1" not in first:  # alpha would be a scale by its rank
-            first = {"lokr_w1": self._first(parts)} | {name: first[name] for name in first if name == "dora"}
-        return first | {"lokr_w2": (tucker(core, left, right) * self.scale(parts)).contiguous()}
+        if core is not None:
+            second = tucker(wide(core), wide(parts["lokr_w2_a"]), wide(parts["lokr_w2_b"]))
+        second = (wide(second) * self.scale(parts)).contiguous()
+        # Not its two factors: alpha would be a scale by their rank.
+        first = parts["lokr_w1"] if parts.get("lokr_w1") is not None else self._first(parts)
+        if second.ndim in (3, 5):
+            first = first.reshape(*first.shape[:2], *[1] * (second.ndim - 2))
+        return {"lokr_w1": first, "lokr_w2": second} | {name: parts[name] for name in ("dora",) if name in parts}
 
     def scaled_by(self, parts: Parts) -> Sequence[str]:
         return ("lokr_w1",)
