@@ -2,7 +2,7 @@
 """Asymmetric CFG against plain CFG, a merged LoRA and ComfyUI's weight hooks, at real layer widths.
 
     python benchmarks/asymmetric_cfg.py [--device cpu|cuda] [--model sdxl|flux2|z-image|all] [--ranks 16,64,128]
-                                        [--rounds N] [--steps N] [--threads N] [--full]
+                                        [--rounds N] [--steps N] [--threads N] [--full | --curve [--sides A,B]]
 
 Starts the real ComfyUI in this process (STYLELOOM_HOST, or .host/ComfyUI), builds a model with random weights (fp32 on
 a CPU and bf16 on a GPU; on a CPU with few blocks and tokens) and samples it in turn:
@@ -16,6 +16,10 @@ a CPU and bf16 on a GPU; on a CPU with few blocks and tokens) and samples it in 
 A step is the time between two callbacks of the sampler, the first step that from the call of the guider to its first
 callback. Medians over all rounds after one step of each to warm up. d is measured at every rank; b, c and e at rank 64 (or the
 first one given), with --full at all. One JSON line per way and figure.
+
+With --curve instead: a, c and d at rank 64 over pictures of several sizes, from a few tokens to those of 256 pixels and
+more. Weight hooks patch the same weights in every step, however short it is, so c/d falls as steps grow longer; the last
+line says at which length of a step of d it is 2, read from the curve.
 
 Two lines say what bounds d: `floor` counts the operations and bytes of one step, and runs the low-rank products that d
 has more than a by themselves, with nothing around them; `memory` follows every tensor from the making of the guider on.
@@ -43,6 +47,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 CFG = 4.0
 PATCHING = ("patch_weight_to_device", "patch_hook_weight_to_device", "patch_cached_hook_weights")
+# Latents for --curve; the last but one is a picture of 256 pixels.
+SIDES = {"sdxl": (8, 16, 24, 32, 48), "flux2": (4, 8, 12, 16, 24), "z-image": (8, 16, 24, 32, 48)}
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)
 FLOPS = {
@@ -75,13 +81,17 @@ class Bench:
         self.model = patcher(self.spec, self.dtype)
         self.loras = {r: [lora(self.spec, self.model, r, seed, self.dtype) for seed in (1, 2)] for r in ranks}
         self.positive, self.negative = (conditioning(self.spec, seed) for seed in (3, 4))
-        self.latent = torch.zeros(1, *self.spec.latent)
-        self.noise = torch.randn(1, *self.spec.latent, generator=torch.Generator().manual_seed(5))
+        self.resize(self.spec.latent[-1])
         self.batches: list[int] = []
         self.model.model.diffusion_model.register_forward_pre_hook(
             lambda module, args, kwargs: self.batches.append((args[0] if args else kwargs["x"]).shape[0]),
             with_kwargs=True,
         )
+
+    def resize(self, side: int) -> None:
+        """Latents of side × side from here on."""
+        self.latent = torch.zeros(1, self.spec.latent[0], side, side)
+        self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(5))
 
     def guider(self, way: str, rank: int | None):
         import comfy.hooks
@@ -358,6 +368,49 @@ def measure(bench: Bench, name: str, options, ranks: list[int]) -> float:
     return min(value for made in results["a", None] for value in made.steps)
 
 
+def crossing(points: list[tuple[float, float]], level: float) -> float | None:
+    """Where a curve of (length of a step, ratio) falls through `level`, or None where it does not.
+
+    Between two points the ratio is taken to be a straight line over 1/length: so many patches, and so many calls of the
+    model, divided by the length.
+    """
+    for (short, high), (long, low) in pairwise(sorted(points)):
+        if high >= level > low:
+            share = (high - level) / (high - low)
+            return 1 / (1 / short + share * (1 / long - 1 / short))
+    return None
+
+
+def curve(bench: Bench, name: str, options, rank: int) -> None:
+    """Prints c/d over the length of a step, and where it is 2."""
+    points = []
+    for side in [int(side) for side in options.sides.split(",")] if options.sides else SIDES[name]:
+        bench.resize(side)
+        made: dict[str, list[Sampled]] = defaultdict(list)
+        for turn in range(options.rounds + 1):
+            for way in "adca":
+                found = bench.sample(way, None if way == "a" else rank, options.steps if turn else 1)
+                if turn:
+                    made[way].append(found)
+        a, c, d = (median(value for one in made[way] for value in one.steps) for way in "acd")
+        cpu = {way: median(value for one in made[way] for value in one.cpu) for way in "acd"}
+        points.append((d, c / d))
+        show(
+            what="curve",
+            model=name,
+            rank=rank,
+            latent=[bench.spec.latent[0], side, side],
+            a_step_s=a,
+            d_step_s=d,
+            c_step_s=c,
+            **{"d/a": d / a, "c/d": c / d},
+            by_processor_time={"d/a": round(cpu["d"] / cpu["a"], 4), "c/d": round(cpu["c"] / cpu["d"], 4)},
+        )
+    at = crossing(points, 2)
+    ends = f"{max(ratio for _, ratio in points):.2f} to {min(ratio for _, ratio in points):.2f}"
+    show(figure="step of d at which c/d is 2", model=name, rank=rank, value=at, **({} if at else {"c/d": ends}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -367,6 +420,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of each sampling run; the first is counted by itself")
     parser.add_argument("--threads", type=int, help="PyTorch's; its own choice if left out")
     parser.add_argument("--full", action="store_true", help="b, c and e at every rank, too")
+    parser.add_argument("--curve", action="store_true", help="c/d over the length of a step, and nothing else")
+    parser.add_argument("--sides", help="of --curve's latents, for example 8,16; its own if left out")
     options = parser.parse_args()
     ranks = [int(rank) for rank in options.ranks.split(",")]
     if options.steps < 2 or options.rounds < 1:
@@ -384,7 +439,10 @@ def main() -> None:
         weights = size_of(bench.model.model.state_dict())
         targets = sum(key.endswith("lora_up.weight") for key in bench.loras[ranks[0]][0])
         show(model=name, weights_gb=weights / 1e9, targets=targets, latent=list(bench.spec.latent), load_average=load)
-        floors(bench, name, ranks, measure(bench, name, options, ranks), options.device)
+        if options.curve:
+            curve(bench, name, options, 64 if 64 in ranks else ranks[0])
+        else:
+            floors(bench, name, ranks, measure(bench, name, options, ranks), options.device)
         del bench
         import comfy.model_management
 

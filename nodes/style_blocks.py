@@ -61,6 +61,12 @@ class LoadIPAdapter(io.ComfyNode):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
         adapter = recognise(ipadapter_name, comfy.utils.load_torch_file(path, safe_load=True))
         logging.info("StyleLoom: %s is %s", ipadapter_name, adapter.label)
+        if adapter.ignored:
+            logging.warning(
+                "StyleLoom: %s also has what no IP-Adapter of this kind needs, and it is left out: %s",
+                ipadapter_name,
+                ", ".join(adapter.ignored),
+            )
         return io.NodeOutput(adapter)
 
 

@@ -14,6 +14,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# The host's default forgets results by how much memory the machine has left, in the middle of a test on a busy one.
+# This many nodes it remembers whatever else runs: what one test has made, the next takes from there.
+REMEMBERS = ["--cache-lru", "150"]
 
 
 def runner(name: str) -> ModuleType:
@@ -40,7 +43,7 @@ def running(folder: Path) -> Iterator:
     if not (Path(host) / "comfy" / "cli_args.py").is_file():
         pytest.fail(f"STYLELOOM_HOST={host} is not a ComfyUI folder: comfy/cli_args.py is missing.", pytrace=False)
     module = runner("server")
-    server = module.Server(Path(host), module.make_base(folder, ROOT), sys.executable)
+    server = module.Server(Path(host), module.make_base(folder, ROOT), sys.executable, extra_args=REMEMBERS)
     try:
         server.__enter__()
     except module.StepFailed as error:

@@ -108,6 +108,10 @@ def from_hooks(hooks: comfy.hooks.HookGroup | None) -> Entries:
     return tuple(made)
 
 
+def _same(value: Any, default: Any) -> bool:
+    return value is default if default is None else value == default
+
+
 def to_tuples(entries: Entries) -> tuple[list[tuple[str, float, float]] | None, str]:
     """(LORA_STACK, ''), or (None, why these LoRAs cannot be said as one)."""
     made = []
@@ -119,7 +123,7 @@ def to_tuples(entries: Entries) -> tuple[list[tuple[str, float, float]] | None, 
                 f"LoRA {number} is no file in models/loras as it is: it was predicted, merged, filtered, or is in a "
                 "hook. Save it with Save LoRA File and load the file with Load LoRA File"
             )
-        more = [field for field, default in _DEFAULTS.items() if getattr(entry, field) != default]
+        more = [field for field, default in _DEFAULTS.items() if not _same(getattr(entry, field), default)]
         if more:
             return None, (
                 f"LoRA {number} ({name}) has {_TOO_MUCH.get(more[0], more[0])}, and a LORA_STACK has strengths only"

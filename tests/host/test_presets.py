@@ -64,6 +64,18 @@ def test_which_step_a_call_of_the_model_belongs_to(schedule):
         assert schedule.step_of(sigma, rising) == step, sigma
 
 
+def test_the_sigmas_of_a_loop_that_tells_none(schedule, bench, two):
+    """Then they are those that the host hands to every model call."""
+    entry = schedule.BranchLoRA(two[0], steps=schedule.StepWindow(2, 3, 4))
+    made, sigmas = schedule.Schedule(entry), torch.tensor([10.0, 5.0, 2.0, 1.0, 0.0])
+    made.initialize_timesteps(bench.model.model)
+    strengths = []
+    for sigma in sigmas[:-1]:
+        made.prepare_current_keyframe(sigma, {"sample_sigmas": sigmas})
+        strengths.append(made.strength)
+    assert strengths == [0.0, 1.0, 1.0, 0.0]
+
+
 # --- presets
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,41 @@ def test_a_model_that_does_not_fit(run_node, folder, parts, models, encode, kit)
     flux = kit.architectures.make_model("flux2")
     refused("model is Flux2 with 0 cross-attentions", inject, flux, sdxl)
     refused("makes 128 numbers, and .* is 64 wide", inject, models["sdxl"][0], load(run_node, "wide.safetensors"))
+
+
+def test_models_of_the_same_blocks_and_another_text(run_node, folder, parts, models, adapters, encode, monkeypatch):
+    """SD2 has the blocks and widths of SD1.5, and Kolors those of SDXL."""
+    inject = lambda model, adapter: run_node(  # noqa: E731
+        "StyleLoomStyleBlockInjector", model=model, ipadapter=adapter, style={"style0": encode(1)}, preset="style",
+        weight=1.0)  # fmt: skip
+    save_file(flat(parts("base", "sd1.5", cross=40)), str(folder / "other_text.safetensors"))
+    other = load(run_node, "other_text.safetensors")
+    words = refused("reads text that is 32 wide, and .* makes tokens of 40", inject, models["sd1.5"][0], other)
+    assert "SD2" in words
+    sdxl, base = models["sdxl"][0], adapters("base", "sdxl")[0]
+    embed = sdxl.model.diffusion_model.label_emb[0][0]
+    assert inject(sdxl, base)
+    # Kolors' UNet is told 5632 numbers of sizes and text: in the host that is all that tells it from SDXL's.
+    monkeypatch.setattr(embed, "in_features", 5632)
+    refused("model is Kolors, and .* is made for SDXL", inject, sdxl, base)
+    monkeypatch.undo()
+    kolors = dataclasses.replace(base, encoder=sys.modules[type(base).__module__].VIT_L_336)
+    refused("model is SDXL, and .* is made for Kolors", inject, sdxl, kolors)
+
+
+def test_a_plus_layout_that_core_encoded(run_node, models, adapters, encode, vision):
+    """The style input brings what the encoder sees in an empty picture; it is the same for the layout."""
+    adapter = adapters("plus", "sdxl")[0]
+    image = torch.rand(1, 40, 64, 3, generator=torch.Generator().manual_seed(2))
+    core = run_node("CLIPVisionEncode", clip_vision=vision, image=image, crop="center")[0]
+    ours = run_node("StyleLoomEncodeStyleImage", clip_vision=vision, image=image)[0]
+    made = []
+    for layout in (core, ours):
+        model = run_node("StyleLoomStyleBlockInjector", model=models["sdxl"][0], ipadapter=adapter,
+                         style={"style0": encode(1)}, preset="style + layout", weight=1.0, layout=layout)[0]  # fmt: skip
+        layers = model.wrappers["apply_model"]["styleloom_style"][0].__self__.layers
+        made.append(layers["input", 8, 3])
+    assert all(torch.equal(a, b) for a, b in zip(*made))
 
 
 def test_the_right_encoder_is_named(run_node, folder, parts, models, encode):

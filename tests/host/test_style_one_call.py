@@ -172,21 +172,15 @@ def test_several_references(fusion, models, adapters, encode, texts, run_node):
     assert close(call(made, texts["sdxl"]), wanted)
 
 
-class Window:
-    """The shape of the host's context window over a batch of frames."""
-
-    dim, total_frames = 0, 5
-
-    def __init__(self, index_list):
-        self.index_list = index_list
-
-
 @pytest.mark.parametrize("frames", [None, "window", "animatediff"])
 def test_one_reference_per_picture(frames, models, adapters, inject, encode, texts):
+    import comfy.context_windows
+
     model, parts = models["sdxl"][0], adapters("base", "sdxl")[1]
     style = encode(3, count=3 if frames is None else 5)
     shown = {None: [0, 1, 2], "window": [4, 1, 2], "animatediff": [3, 4, 0]}[frames]
-    options = {None: {}, "window": {"context_window": Window(shown)},
+    window = comfy.context_windows.IndexListContextWindow(shown[:], dim=0, total_frames=5)
+    options = {None: {}, "window": {"context_window": window},
                "animatediff": {"ad_params": {"sub_idxs": shown, "full_length": 5}}}[frames]  # fmt: skip
     patched = inject(model, style, fusion="one per picture")
     made = call(patched, texts["sdxl"], count=3, **options)

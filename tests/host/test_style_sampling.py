@@ -115,10 +115,22 @@ def test_the_schedule(start, end, sampler, sdxl, inject, sample, planned):
     assert any(on) or torch.equal(made, sample(sdxl, sampler=sampler, steps=3)), "switched off, nothing is there"
 
 
-def test_a_mask_meets_a_region(sdxl, run_node, inject, sample, planned, prompts):
+def region_of(kind, run_node, prompts):
+    """The positive prompt for the right half of the picture, by each way that the host has."""
+    node, options = {
+        "area": ("ConditioningSetArea", {"width": 64, "height": 128, "x": 64, "y": 0}),
+        "percentage": ("ConditioningSetAreaPercentage", {"width": 0.5, "height": 1.0, "x": 0.5, "y": 0.0}),
+        "mask bounds": ("ConditioningSetMask", {"set_cond_area": "mask bounds",
+                                                "mask": torch.arange(16).ge(8).float().expand(1, 16, 16)}),
+    }[kind]  # fmt: skip
+    return run_node(node, conditioning=prompts[0], strength=1.0, **options)[0]
+
+
+@pytest.mark.parametrize("kind", ["area", "percentage", "mask bounds"])
+def test_a_mask_meets_a_region(kind, sdxl, run_node, inject, sample, planned, prompts):
     """The positive side has the right half of the picture only, and the mask's right half with it. The host hands a
     copy of that region to the negative side, with the negative prompt: it then sees the negative's picture."""
-    region = run_node("ConditioningSetArea", conditioning=prompts[0], width=64, height=128, x=64, y=0, strength=1.0)[0]
+    region = region_of(kind, run_node, prompts)
     mask = torch.linspace(0, 1, 16).expand(1, 16, 16).contiguous()
 
     def side(count, n):
@@ -138,6 +150,54 @@ def test_a_mask_meets_a_region(sdxl, run_node, inject, sample, planned, prompts)
     made = sample(inject(sdxl, mask=mask, **options), positive=region)
     assert close(made, due)
     assert not close(sample(inject(sdxl, **options), positive=region), due)
+
+
+@pytest.mark.parametrize("per_frame", ["reference", "mask"])
+def test_context_windows_of_the_host(per_frame, sdxl, run_node, adapters, encode, sample, inject):
+    """At its defaults the host puts the picture before a window in front of it. Which rows a call has is told here by
+    the noise in them, not by what the window says."""
+    import comfy.sample
+    from comfy.patcher_extension import WrappersMP
+
+    frames, unet = 5, sdxl.model.diffusion_model
+    noise = comfy.sample.prepare_noise(torch.zeros(frames, 4, 16, 16), 1).flatten(1)
+    mask = torch.rand(frames, 16, 16, generator=torch.Generator().manual_seed(4))
+    style = encode(3, count=frames if per_frame == "reference" else 1)
+    parts, calls = adapters("base", "sdxl")[1], []
+
+    def windowed(model):
+        return run_node("ContextWindowsManual", model=model, context_length=3, context_overlap=1,
+                        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid",
+                        dim=0, freenoise=False)[0]  # fmt: skip
+
+    def spy(executor, x, t, *args, **kwargs):
+        calls.append(torch.nn.functional.cosine_similarity(x.flatten(1)[:, None], noise[None], dim=2).argmax(1))
+        return executor(x, t, *args, **kwargs)
+
+    watched = windowed(sdxl)
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    cond = oracle.base_tokens(parts["image_proj"], style.image_embeds)
+    uncond = oracle.base_tokens(parts["image_proj"], torch.zeros(1, 48))
+    numbers = oracle.numbers(unet)
+
+    def at(number):
+        def rows(count, n):
+            shown, half = calls[-1], count // 2  # the negative side stands first
+            pictures = cond[shown[half:]] if len(cond) > 1 else cond.expand(count - half, -1, -1)
+            k, v = keys_values(parts, number, torch.cat([uncond.expand(half, -1, -1), pictures]))
+            side = int(n**0.5)
+            part = mask[shown].reshape(count, side, 16 // side, side, 16 // side).mean((2, 4)).reshape(count, n, 1)
+            return k, v, 1.5 * (part.double() if per_frame == "mask" else 1.0)
+
+        return rows
+
+    with oracle.injected(unet, {layer: at(numbers[layer]) for layer in blocks(unet, ("output", 1))}):
+        due = sample(watched, batch=frames)
+    assert [len(shown) for shown in calls] == [6, 8], "the second window has the picture before it in front"
+    options = {"fusion": "one per picture"} if per_frame == "reference" else {"mask": mask}
+    injected = run_node("StyleLoomStyleBlockInjector", model=sdxl, ipadapter=adapters("base", "sdxl")[0],
+                        style={"style0": style}, preset="style", weight=1.5, **options)[0]  # fmt: skip
+    assert close(sample(windowed(injected), batch=frames), due)
 
 
 def test_two_regions_in_one_batch(sdxl, run_node, inject, sample, planned, prompts):

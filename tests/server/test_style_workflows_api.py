@@ -15,6 +15,7 @@ DEMOS = {
     "demo_style_only_sdxl": [],
     "demo_style_and_layout_sdxl": [],
     "demo_content_subtract_sdxl": ["method: rejection at strength 1", "cosine to “a puppy”"],
+    "demo_content_by_pictures_sdxl": ["alone, without a text encoder", "cosine to “content picture 2”"],
     "demo_style_lora_blocks_sdxl": ["inside: 80 of 560 layers at 1 (style blocks of SDXL: up_blocks.0.attentions.1)"],
 }
 
@@ -24,7 +25,7 @@ def load(name: str) -> dict:
     prompt = json.loads((API / f"{name}.json").read_text("utf-8"))
     for entry in prompt.values():
         if entry["class_type"] == "KSampler":
-            entry["inputs"]["steps"] = 4
+            entry["inputs"]["steps"] = 2
     return prompt
 
 

@@ -18,7 +18,16 @@ def api_of(stem: str) -> dict:
     return json.loads((API / f"{stem}.json").read_text("utf-8"))
 
 
-DEMO = api_of("demo_image_to_lora")
+def quick(stem: str, steps: int = 2) -> dict:
+    """A demo with few steps in each sampler: what is tested is the way through the nodes, and not the picture."""
+    prompt = api_of(stem)
+    for entry in prompt.values():
+        if "steps" in entry["inputs"]:
+            entry["inputs"]["steps"] = steps
+    return prompt
+
+
+DEMO = quick("demo_image_to_lora")
 
 # The titles of the demo's nodes that do not see its reference pictures, and of the pictures themselves.
 APART = {"Load i2L Image Encoders", "Load i2L Predictor", "Kit: Small Model", "EmptySD3LatentImage", "Prompt",
@@ -144,15 +153,6 @@ def moved(text: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def quick(stem: str, steps: int = 4) -> dict:
-    """A demo with few steps in each sampler."""
-    prompt = api_of(stem)
-    for entry in prompt.values():
-        if "steps" in entry["inputs"]:
-            entry["inputs"]["steps"] = steps
-    return prompt
-
-
 MOVED, SIDES = "Preview as Text: how much it moved", "Preview as Text: the LoRAs of both sides"
 SAMPLER = "Asymmetric CFG Sampler"
 DEMOS = sorted(path.stem for path in API.glob("demo_asymmetric_*.json"))  # those of other nodes have files of their own
@@ -181,9 +181,11 @@ def test_the_gray_lora_acts_on_the_negative_side(client):
     """Without both LoRAs the picture is that of a KSampler; each of them changes it, and no patch is left out."""
     demo = quick("demo_asymmetric_z_image")
     text, sides = said(client, demo, MOVED, SIDES)
-    positive, negative = sides.splitlines()
+    positive, negative, batch = sides.splitlines()
     for line, side in ((positive, "positive"), (negative, "negative")):
-        assert line.startswith(f"{side} LoRA: 238 patches at strength 1") and line.endswith("in one pass: 238 LoRA"), line
+        assert line.startswith(f"{side} LoRA") and ": 238 patches at strength 1" in line, line
+        assert line.endswith("in one pass: 238 LoRA"), line
+    assert batch == "sampled with both sides in one batch, in 2 of 2 evaluations"
     shares = {}
     for strengths in ((0, 0), (1, 0), (0, 1)):
         named = dict(zip(("positive_strength", "negative_strength"), strengths))
@@ -196,8 +198,9 @@ def test_the_gray_lora_acts_on_the_negative_side(client):
 def test_the_style_lora_acts_on_the_positive_side_only(client):
     demo = quick("demo_asymmetric_sdxl")
     text, sides = said(client, demo, MOVED, SIDES)
-    assert sides.splitlines() == ["positive LoRA: 560 patches at strength 1; in one pass: 560 LoRA",
-                                  "negative: the model as it is"]
+    assert sides.splitlines() == [
+        "positive LoRA (kit/sdxl_paper.safetensors): 560 patches at strength 1; in one pass: 560 LoRA",
+        "negative: the model as it is", "sampled with both sides in one batch, in 2 of 2 evaluations"]
     assert moved(text) > 5
     assert moved(*said(client, changed(demo, SAMPLER, positive_strength=0), MOVED)) < 0.1
 

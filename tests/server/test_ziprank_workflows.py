@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import struct
 from pathlib import Path
@@ -16,7 +15,7 @@ DEMOS = ["demo_ziprank_fast", "demo_ziprank_compare", "demo_ziprank_calibrated",
 def prompt_of(name: str) -> dict:
     """The file, with fewer steps: what is tested is the way through the nodes, and not the picture."""
     prompt = json.loads((API / f"{name}.json").read_text("utf-8"))
-    fewer = {"KSampler": {"steps": 4}, "StyleLoomZipRankMerge": {"steps": 3, "calibration_steps": 1}}
+    fewer = {"KSampler": {"steps": 2}, "StyleLoomZipRankMerge": {"steps": 3, "calibration_steps": 1}}
     for entry in prompt.values():
         entry["inputs"].update(fewer.get(entry["class_type"], {}))
     return prompt
@@ -67,8 +66,10 @@ def test_the_saved_lora_has_what_other_tools_read(server, client):
 
 
 def test_cancel_while_training_keeps_the_masks_and_the_workflow_goes_on(client):
-    prompt = copy.deepcopy(prompt_of("demo_ziprank_train"))
+    prompt = prompt_of("demo_ziprank_train")
     node = find(prompt, "StyleLoomZipRankMerge")
+    for name in [name for name, entry in prompt.items() if entry["class_type"] in ("SaveImage", "StyleLoomSaveLoRA")]:
+        del prompt[name]  # the report alone is asked for: nothing is sampled with the result
     prompt[node]["inputs"].update(steps=5000, seed=77)
     pressed = []
 

@@ -94,6 +94,9 @@ def test_the_editors_form_is_sound(name, command):
     old = {link[0]: link for link in read(name)["links"]}
     same = [link for link in made["links"] if link[0] in old]
     assert all(link[1:5] == old[link[0]][1:5] for link in same), "a number that is kept means the same connection"
+    known = {tuple(link[1:5]): link[0] for link in old.values()}
+    kept = [link for link in made["links"] if tuple(link[1:5]) in known]
+    assert len(kept) > 5 and all(link[0] == known[tuple(link[1:5])] for link in kept), "and keeps its number"
 
 
 def test_settings(command):

@@ -89,6 +89,9 @@ FACES = {
                                         "norm.weight": empty(768), "norm.bias": empty(768)}, {}),
     "ip-adapter-faceid-plusv2": ({"proj.0.weight": empty(1024, 512),
                                   "perceiver_resampler.proj_in.weight": empty(768, 1280)}, {}),
+    # Resamplers as those of plus adapters, over one face vector.
+    "InstantID": (plus(512, 1280, 20, 768), {}),
+    "ip-adapter-faceid-portrait_sdxl_unnorm": (plus(512, 1280, 20, 768, tokens=16), {}),
 }  # fmt: skip
 
 
@@ -99,19 +102,52 @@ def test_faces_are_refused_with_the_reason(name):
         recognise(name, {"image_proj": proj, "ip_adapter": layers(SD15, 768) | more})
 
 
+def mlp(width, tokens, cross):
+    return {"proj.0.weight": empty(2 * width, width), "proj.0.bias": empty(2 * width),
+            "proj.2.weight": empty(tokens * cross, 2 * width), "proj.2.bias": empty(tokens * cross),
+            "norm.weight": empty(cross), "norm.bias": empty(cross)}  # fmt: skip
+
+
+# Published in the same two parts, for models without a UNet: sizes of InstantX's files for FLUX.1-dev and SD3.5-large.
+TRANSFORMERS = {
+    "FLUX.1 .InstantX.": {"image_proj": mlp(1152, 128, 4096), "ip_adapter": {
+        f"{i}.to_{part}_ip.weight": empty(3072, 4096) for i in range(57) for part in "kv"}},
+    "SD3.5 .InstantX.": {"image_proj": plus(1152, 1280, 20, 2432, tokens=64) | {"time_proj.weight": empty(1)},
+                         "ip_adapter": {"0.to_k_ip.weight": empty(2432, 2432), "0.norm_ip_k.weight": empty(64)}},
+    "FLUX.1 .XLabs.": {"ip_adapter_proj_model.proj.weight": empty(16384, 768),
+                       "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": empty(3072, 4096)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_those_for_transformers_are_named(name):
+    with pytest.raises(StyleLoomError, match=f"an IP-Adapter for {name}, a transformer") as error:
+        recognise("a file", TRANSFORMERS[name])
+    assert "Face" not in str(error.value) and "insightface" not in str(error.value)
+
+
+def test_a_few_keys_too_many_are_reported_and_left_out():
+    """Everything that is needed is there: what else the file holds is named, and the rest is as without it."""
+    ip, more = GOOD[1] | {"7.to_q_ip.weight": empty(1, 1)}, {"optimizer": empty(1), "steps": {"count": empty(1)}}
+    found = recognise("x", {"image_proj": GOOD[0] | {"mixer.weight": empty(1)}, "ip_adapter": ip, **more})
+    assert found.ignored == ("optimizer", "steps", "ip_adapter.7.to_q_ip.weight", "image_proj.mixer.weight")
+    assert found.layers.keys() == recognise("x", {"image_proj": GOOD[0], "ip_adapter": GOOD[1]}).layers.keys()
+    every = {f"{number}.norm_ip.weight": empty(1) for number in found.layers}
+    with pytest.raises(StyleLoomError, match="70 keys belong to no part of an IP-Adapter"):
+        recognise("x", {"image_proj": GOOD[0], "ip_adapter": GOOD[1] | every})
+
+
 GOOD = base(1024, 4, 2048), layers(SDXL, 2048)
 BROKEN = {
     "a checkpoint": ({"model.diffusion_model.out.0.weight": empty(4)}, "this is no IP-Adapter"),
     "nothing": ({}, "this is no IP-Adapter"),
-    "a key too many": ({"image_proj": GOOD[0], "ip_adapter": GOOD[1], "optimizer": empty(1)}, "belong to no part"),
     "half a layer": ({"image_proj": GOOD[0], "ip_adapter": {k: v for k, v in GOOD[1].items() if k[:6] != "7.to_k"}},
                      "7.to_k_ip.weight is missing"),
     "layers cut off": ({"image_proj": GOOD[0], "ip_adapter": {
         k: v for k, v in GOOD[1].items() if int(k.split(".")[0]) < 100}}, "it has 50 layers"),
     "another width": ({"image_proj": GOOD[0], "ip_adapter": GOOD[1] | {"7.to_v_ip.weight": empty(640, 1024)}},
                       "7.to_k_ip.weight is"),
-    "an unknown key": ({"image_proj": GOOD[0], "ip_adapter": GOOD[1] | {"7.to_q_ip.weight": empty(1, 1)}},
-                       "unknown key '7.to_q_ip.weight'"),
+    "no layers": ({"image_proj": GOOD[0], "ip_adapter": {"1.norm.weight": empty(1)}}, "no layer that is known"),
     "no bias": ({"image_proj": {k: v for k, v in GOOD[0].items() if k != "proj.bias"}, "ip_adapter": GOOD[1]},
                 "image_proj.proj.bias is missing"),
     "a bias of another size": ({"image_proj": GOOD[0] | {"norm.bias": empty(5)}, "ip_adapter": GOOD[1]},

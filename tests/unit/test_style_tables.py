@@ -56,11 +56,18 @@ def test_custom_names():
     assert len(by_host) == 20 and by_host["output", 1, 9] == 1.5
     one = parse_custom(SDXL, "output 1: 1, OUTPUT 1 3: -2, middle: 0.5")
     assert one["output", 1, 3] == -2 and one["output", 1, 2] == 1 and one["middle", 0, 0] == 0.5
+    for spelling in ("output 1: 1.", "output 1: 1e0", "output 1: +10E-1", "output 1 = .1e1", "up_blocks.0.attentions.1: 1."):
+        assert parse_custom(SDXL, spelling) == {("output", 1, i): 1.0 for i in range(10)}
+    level = parse_custom(SDXL, "up_blocks.0: 1e-1, down_blocks.1: 2, mid_block: 3")
+    assert level == {layer: share for layer in SDXL.layers for block, share in
+                     {("output", 0): 0.1, ("output", 1): 0.1, ("output", 2): 0.1, ("input", 4): 2.0, ("input", 5): 2.0,
+                      ("middle", 0): 3.0}.items() if layer[:2] == block}  # fmt: skip
     chosen = choose(SDXL, "custom", 2.0, 9.0, True, "output 1: 0.5, input 8: 1, middle: 0")
     assert chosen["output", 1, 0] == (1.0, "style") and chosen["input", 8, 0] == (2.0, "layout") and len(chosen) == 20
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "output 9: 1", "output 1", "output 1: much", "input 8 12: 1", "11: 1"])
+@pytest.mark.parametrize("text", ["", "  \n", "output 9: 1", "output 1", "output 1: much", "input 8 12: 1", "11: 1",
+                                  "output 1: 1e999", "up_blocks.3: 1", "output 1: e3", "output 1: ."])  # fmt: skip
 def test_custom_names_that_are_none(text):
     with pytest.raises(StyleLoomError, match="block_weights") as error:
         parse_custom(SDXL, text)
@@ -180,3 +187,42 @@ def test_sdxl_blocks_are_the_same_for_both_packs():
     assert SDXL.other_style == SDXL.style == {("output", 1): 1.0}
     assert SDXL.other_layout == SDXL.layout == {("input", 8): 1.0}
     assert SD15.other_style != SD15.style
+
+
+def test_keys_and_values_are_kept_by_content(monkeypatch):
+    """Another weight or layer, or the same picture again, reads only matrices that have not been read; the numbers are
+    those of an adapter that has kept nothing."""
+    from styleloom.weights.ip_adapter import keys_values
+
+    read, product = [], keys_values._product
+    monkeypatch.setattr(keys_values, "_product", lambda t, m: read.append(m) or product(t, m))
+    a, layers = adapter(), [("output", 3, 0), ("output", 4, 0)]
+    tokens = torch.randn(2, 1, 3, 10, generator=torch.Generator().manual_seed(3))
+
+    def made(of, weight, layers, tokens=tokens):
+        return project(of, {layer: (weight, "style") for layer in layers}, {"style": tokens}, dtype=torch.float32)
+
+    first = made(a, 0.5, layers[:1])
+    assert len(read) == 2
+    second = made(a, -2.0, layers, tokens.clone())
+    assert len(read) == 4
+    assert torch.equal(first[layers[0]].v * -4, second[layers[0]].v), "what is kept has no weight in it"
+    fresh = made(adapter(), -2.0, layers)
+    assert len(read) == 8 and all(torch.equal(x, y) for n in layers for x, y in zip(second[n], fresh[n]))
+    other = made(a, -2.0, layers, tokens + 1)
+    assert len(read) == 12 and not torch.equal(other[layers[0]].k, second[layers[0]].k)
+    monkeypatch.setattr(keys_values, "_KEPT_BYTES", 0)
+    made(a, 1.0, layers, tokens + 2)
+    assert len(keys_values._by_adapter[a]) == 1, "what is kept is bounded"
+    made(a, 1.0, layers)
+    assert len(read) == 20
+
+
+def test_a_matrix_in_pieces_is_the_whole_matrix():
+    from styleloom.weights.ip_adapter.keys_values import _product
+
+    g = torch.Generator().manual_seed(0)
+    tokens, matrix = torch.randn(2, 3, 4, 10, generator=g), torch.randn(300, 10, generator=g).half()
+    due = tokens.double() @ matrix.double().T
+    size = float(tokens.abs().max() * matrix.float().abs().max()) * 10
+    assert float((_product(tokens, matrix).double() - due).abs().max()) <= 12 * torch.finfo(torch.float32).eps * size

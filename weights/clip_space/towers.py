@@ -61,7 +61,13 @@ VIT_L_336 = ImageTower(
 IMAGE_TOWERS = (VIT_H, BIG_G, VIT_L, VIT_L_336)
 TEXT_TOWERS = (
     TextTower("OpenCLIP bigG text", 1280, 32, "the CLIP of an SDXL checkpoint"),
-    TextTower("OpenCLIP ViT-H text", 1024, 24, "a file of OpenCLIP ViT-H's text encoder (Load CLIP; also SD2's)"),
+    TextTower(
+        "OpenCLIP ViT-H text",
+        1024,
+        24,
+        "the text encoder of OpenCLIP ViT-H (model.safetensors of laion/CLIP-ViT-H-14-laion2B-s32B-b79K in "
+        "models/text_encoders, with Load CLIP of type stable_diffusion; SD2's has no projection)",
+    ),
     TextTower("OpenAI CLIP-L text", 768, 12, "clip_l.safetensors with its text_projection (Load CLIP)"),
 )
 

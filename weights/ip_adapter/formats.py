@@ -15,10 +15,12 @@ import torch
 
 from ..clip_space.towers import BIG_G, VIT_H, VIT_L, VIT_L_336, ImageTower
 from ..errors import StyleLoomError
-from ..unet.architecture import ARCHITECTURES, Architecture
+from ..unet.architecture import ARCHITECTURES, SDXL, Architecture
 
 BASE, PLUS, FULL = "base", "plus", "full"
 HEAD = 64  # width of a head of the published resamplers
+_STRAY = 8  # keys that may be left over: more are a part of a kind that is not known
+_FACE, _SIGLIP = 512, 1152  # widths of a face vector of insightface and of SigLIP so400m
 
 # (kind of feature, width) → the encoder that has it
 _EMBEDS = {tower.projection: tower for tower in (VIT_H, BIG_G, VIT_L)}
@@ -37,6 +39,7 @@ class Adapter:
         tokens: for one picture; for kind full the encoder's number of tokens, given here as 0.
         encoder: the image tower that it was trained with, None where the sizes are of no published one.
         projection: tensors of `image_proj`. layers: number in the file → (to_k, to_v), each (width, cross).
+        ignored: keys of the file that no part of the adapter needs.
     """
 
     name: str
@@ -49,14 +52,24 @@ class Adapter:
     architecture: Architecture
     projection: Mapping[str, torch.Tensor]
     layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def is_for_kolors(self) -> bool:
+        """Kolors has SDXL's UNet and another text encoder: the sizes of the layers say nothing, the encoder does."""
+        return self.encoder is VIT_L_336 and self.architecture is SDXL
+
+    @property
+    def model(self) -> str:
+        """The base model that it is for."""
+        return "Kolors" if self.is_for_kolors else self.architecture.name
 
     @property
     def label(self) -> str:
         """What it is, in words."""
         kind = {BASE: "IP-Adapter", PLUS: "IP-Adapter plus", FULL: "IP-Adapter full-face"}[self.kind]
-        model = "Kolors" if self.encoder is VIT_L_336 and self.cross == 2048 else self.architecture.name
         made = f"{self.tokens} tokens a picture" if self.tokens else "one token for each of the encoder's"
-        return f"{kind} for {model}, {made}, encoder {self.encoder.name if self.encoder else 'not known'}"
+        return f"{kind} for {self.model}, {made}, encoder {self.encoder.name if self.encoder else 'not known'}"
 
 
 def _refuse(name: str, found: str, fix: str = "Use an IP-Adapter base, light, plus, plus-face or full-face file."):
@@ -65,55 +78,86 @@ def _refuse(name: str, found: str, fix: str = "Use an IP-Adapter base, light, pl
     )
 
 
-def _parts(name: str, tensors: Mapping) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(image_proj, ip_adapter) of a nested or flat file; every key goes somewhere."""
+def _parts(name: str, tensors: Mapping) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+    """(image_proj, ip_adapter, keys that are in neither) of a nested or flat file."""
     parts: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    lost = []
+    stray = []
     for key, value in tensors.items():
         if isinstance(value, Mapping):
             part = "ip_adapter" if key == "adapter_modules" else key
             if part in parts:
                 parts[part].update(value)
             else:
-                lost.append(str(key))
+                stray.append(str(key))
             continue
         head, _, rest = str(key).partition(".")
         part = "ip_adapter" if head == "adapter_modules" else head
         if part in parts and rest:
             parts[part][rest] = value
         else:
-            lost.append(str(key))
+            stray.append(str(key))
     if not parts["image_proj"] or not parts["ip_adapter"]:
+        if any("ip_adapter_double_stream" in str(key) for key in tensors):
+            raise _refuse_transformer(name, "FLUX.1 (XLabs)")
         first = ", ".join(list(map(str, tensors))[:3]) or "none"
         raise _refuse(name, f"this is no IP-Adapter (first keys: {first})")
-    if lost:
-        raise _refuse(name, f"{len(lost)} keys belong to no part of an IP-Adapter: {', '.join(lost[:3])}")
     strange = [key for part in parts.values() for key, value in part.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise _refuse(name, f"{strange[0]!r} is no tensor", "Download the file again.")
-    return parts["image_proj"], parts["ip_adapter"]
+    return parts["image_proj"], parts["ip_adapter"], stray
 
 
-def _refuse_faces(name: str, proj: Mapping[str, torch.Tensor], ip: Mapping[str, torch.Tensor]) -> None:
-    face = (
-        any("lora" in key for key in ip)
-        or any(key.startswith("perceiver_resampler.") for key in proj)
-        or ("proj.2.weight" in proj and "proj.3.weight" not in proj)
+def _refuse_transformer(name: str, model: str) -> StyleLoomError:
+    return _refuse(
+        name,
+        f"this is an IP-Adapter for {model}, a transformer: its layers are not those of a UNet, and which of them make "
+        "style is another question",
+        "Use it with the node pack of its publisher; here use an IP-Adapter for SDXL, SD1.5 or Kolors.",
     )
-    if face:
-        raise _refuse(
-            name,
-            "this is a FaceID or portrait adapter: it reads the face vectors of insightface, not pictures, and says "
-            "who somebody is and not how a picture is made",
-        )
 
 
-def _layers(name: str, ip: Mapping[str, torch.Tensor]) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], int]:
+def _refuse_others(name: str, proj: Mapping[str, torch.Tensor], ip: Mapping[str, torch.Tensor]) -> None:
+    """What is published in the same two parts and reads no CLIP picture, or is for no UNet.
+
+    Sizes: tencent-ailab/IP-Adapter (`ip_adapter_faceid.py`: 512 numbers a face), InstantX's InstantID (a resampler over
+    the same 512), FLUX.1-dev-IP-Adapter (an MLP over SigLIP's 1152), SD3.5-large-IP-Adapter (a resampler over SigLIP's
+    1152 and the time step).
+    """
+    first = proj.get("proj.0.weight", proj.get("proj_in.weight"))
+    width = first.shape[-1] if first is not None and first.ndim else 0
+    plain_mlp = "proj.2.weight" in proj and "proj.3.weight" not in proj
+    if width == _SIGLIP and plain_mlp:
+        raise _refuse_transformer(name, "FLUX.1 (InstantX)")
+    if width == _SIGLIP and any(key.startswith("time") for key in proj):
+        raise _refuse_transformer(name, "SD3.5 (InstantX)")
+    resampler = "latents" in proj and width == _FACE
+    if any("lora" in key for key in ip) or any(key.startswith("perceiver_resampler.") for key in proj):
+        what = "a FaceID"
+    elif plain_mlp and width in (_FACE, 0):
+        what = "a FaceID or portrait"
+    elif resampler:
+        what = "an InstantID or portrait"
+    else:
+        return
+    raise _refuse(
+        name,
+        f"this is {what} adapter: it reads the face vectors of insightface, not pictures, and says who somebody is and "
+        "not how a picture is made. The licence of insightface's models also allows no commercial use, so this pack "
+        "leaves them out",
+    )
+
+
+def _layers(
+    name: str, ip: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], int, list[str]]:
+    """(number → to_k and to_v, their columns, keys that are neither)."""
     halves: dict[int, dict[str, torch.Tensor]] = {}
+    stray = []
     for key, value in ip.items():
         match = _LAYER.fullmatch(key)
         if match is None:
-            raise _refuse(name, f"ip_adapter has the unknown key {key!r}")
+            stray.append(f"ip_adapter.{key}")
+            continue
         halves.setdefault(int(match[1]), {})[match[2]] = value
     layers, cross = {}, 0
     for number, pair in sorted(halves.items()):
@@ -128,7 +172,9 @@ def _layers(name: str, ip: Mapping[str, torch.Tensor]) -> tuple[dict[int, tuple[
             )
         cross = k.shape[1]
         layers[number] = (k, v)
-    return layers, cross
+    if not layers:
+        raise _refuse(name, f"ip_adapter has no layer that is known (first keys: {', '.join(stray[:3])})")
+    return layers, cross, stray
 
 
 def recognise(name: str, tensors: Mapping) -> Adapter:
@@ -137,32 +183,33 @@ def recognise(name: str, tensors: Mapping) -> Adapter:
     Args:
         name: for messages. tensors: the file's content, nested or flat.
 
+    Returns:
+        The adapter. Keys that it does not need are named in `ignored`: some publishers leave a counter or a switch of
+        the training in the file.
+
     Raises:
-        StyleLoomError: no IP-Adapter; a FaceID kind; halves missing; sizes that contradict one another.
+        StyleLoomError: no IP-Adapter; a FaceID kind; one for a transformer; halves missing; sizes that contradict one
+            another; more than a few keys that are not known.
     """
-    proj, ip = _parts(name, tensors)
-    _refuse_faces(name, proj, ip)
-    layers, cross = _layers(name, ip)
+    proj, ip, stray = _parts(name, tensors)
+    _refuse_others(name, proj, ip)
+    layers, cross, more = _layers(name, ip)
     architecture = next((a for a in ARCHITECTURES if sorted(a.file_numbers.values()) == sorted(layers)), None)
     if architecture is None:
         due = " or ".join(f"{len(a.layers)} ({a.name})" for a in ARCHITECTURES)
         raise _refuse(name, f"it has {len(layers)} layers, numbered {min(layers)} to {max(layers)}; known are {due}")
     kind, feature, width, tokens, due = _projection(name, proj, cross)
     missing = sorted(key for key in due if key not in proj)
-    left = sorted(key for key in proj if key not in due)
     wrong = sorted(key for key, shape in due.items() if key in proj and tuple(proj[key].shape) != shape)
-    if missing or left or wrong:
-        first = (missing or left or wrong)[0]
-        what = (
-            "is missing"
-            if missing
-            else "belongs to no known projection"
-            if left
-            else (f"is {list(proj[first].shape)} where {list(due[first])} is due")
-        )
+    if missing or wrong:
+        first = (missing or wrong)[0]
+        what = "is missing" if missing else f"is {list(proj[first].shape)} where {list(due[first])} is due"
         raise _refuse(name, f"image_proj.{first} {what}", "Download the file again.")
+    ignored = (*stray, *more, *sorted(f"image_proj.{key}" for key in proj if key not in due))
+    if len(ignored) > _STRAY:
+        raise _refuse(name, f"{len(ignored)} keys belong to no part of an IP-Adapter: {', '.join(ignored[:3])}")
     encoder = (_EMBEDS if feature == "image_embeds" else _HIDDEN).get(width)
-    return Adapter(name, kind, feature, width, cross, tokens, encoder, architecture, proj, layers)
+    return Adapter(name, kind, feature, width, cross, tokens, encoder, architecture, proj, layers, ignored)
 
 
 def _projection(name: str, proj: Mapping[str, torch.Tensor], cross: int):

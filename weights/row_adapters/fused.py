@@ -48,7 +48,7 @@ class Fused:
             return F.gelu(x, approximate="tanh")
         if self.input_act == "swiglu":
             gate, up = x.chunk(2, dim=-1)
-            return F.silu(gate) * up
+            return F.silu(gate).mul_(up)
         if self.input_act == "rms_norm":
             weight = self.act_weight
             if isinstance(weight, torch.nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from ..errors import StyleLoomError
@@ -112,17 +113,18 @@ def _typed(
     return {layer: chosen[layer[:2]] for layer in architecture.layers if chosen.get(layer[:2], (0,))[0]}
 
 
-_ENTRY = re.compile(r"\s*(?P<name>[a-z0-9_. ]+?)\s*[:=]\s*(?P<share>[-+]?\d*\.?\d+)\s*$")
+_ENTRY = re.compile(r"\s*(?P<name>[a-z0-9_. ]+?)\s*[:=]\s*(?P<share>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*$")
 
 
 def parse_custom(architecture: Architecture, text: str) -> dict[Layer, float]:
     """Weights of single blocks, `name: weight` with commas or line ends between.
 
-    A name is the host's (`output 1`, or `output 1 3` for one layer of it), diffusers' (`up_blocks.0.attentions.1`), or
-    the block's place in forward order (`6`, the numbers of IPAdapter Plus). A later entry overrides an earlier one.
+    A name is the host's (`output 1`, or `output 1 3` for one layer of it), diffusers' (`up_blocks.0.attentions.1`, or
+    `up_blocks.0` for all of that level), or the block's place in forward order (`6`, the numbers of IPAdapter Plus). A
+    later entry overrides an earlier one.
 
     Raises:
-        StyleLoomError: nothing given; an entry that cannot be read or names no block of this UNet.
+        StyleLoomError: nothing given; an entry that cannot be read or names no block of this UNet; no finite weight.
     """
     names: dict[str, list[Layer]] = {}
     for place, (block, depth, diffusers) in enumerate(architecture.blocks):
@@ -130,6 +132,8 @@ def parse_custom(architecture: Architecture, text: str) -> dict[Layer, float]:
         for name in (f"{block[0]} {block[1]}", str(place), diffusers.replace(".", " ").replace("_", " ")):
             names[name] = layers
         names |= {f"{block[0]} {block[1]} {i}": [layer] for i, layer in enumerate(layers)}
+        level = diffusers.partition(".attentions")[0].replace(".", " ").replace("_", " ")
+        names[level] = names.get(level, []) + layers
     names["middle"] = names["middle 0"]
     known = ", ".join(f"{block[0]} {block[1]}" for block, _, _ in architecture.blocks)
     found: dict[Layer, float] = {}
@@ -138,13 +142,14 @@ def parse_custom(architecture: Architecture, text: str) -> dict[Layer, float]:
             continue
         match = _ENTRY.match(entry.lower())
         name = " ".join(re.split(r"[\s_.]+", match["name"])) if match else ""
-        if name not in names:
+        share = float(match["share"]) if match else 0.0
+        if name not in names or not math.isfinite(share):
             raise StyleLoomError(
                 f"block_weights has {entry.strip()!r}",
                 f"a block of {architecture.name} and its weight; the blocks are {known}",
                 "Write for example: output 1: 1.0, input 8: 0.5",
             )
-        found |= dict.fromkeys(names[name], float(match["share"]))
+        found |= dict.fromkeys(names[name], share)
     if not found:
         raise StyleLoomError(
             "preset is custom and block_weights is empty",

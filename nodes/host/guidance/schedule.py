@@ -134,6 +134,8 @@ class Schedule(comfy.hooks.HookKeyframeGroup):
             start, end = self._range
             inside = bool(end <= curr_t) and bool(curr_t <= start)  # in the sigma's own dtype, as the host compares
             if inside and self._entry.steps is not None:
+                if not self._sigmas:  # a loop that does not go through the guider's `sample`
+                    self.of_steps(transformer_options["sample_sigmas"])
                 inside = step_of(float(curr_t), self._sigmas) in self._steps
             self._factor = (self._keyframes.strength if self._keyframes is not None else 1.0) if inside else 0.0
         return self._factor != before

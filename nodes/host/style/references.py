@@ -39,6 +39,7 @@ class Tokens:
         weights: Sequence[float] = (),
     ):
         self.adapter, self.negative, self.fusion = adapter, negative, fusion
+        self._empties = [getattr(output, "styleloom_empty", None) for output in (*style, *layout)]
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -66,12 +67,7 @@ class Tokens:
             if len(weights) < count:
                 self.notes.append(f"reference_weights: the last of {len(weights)} stands for the rest of {count}")
             weights = repeat_last(weights, count)
-        if self.negative is not None:
-            other = features(self.adapter, [self.negative], "negative")
-        else:
-            empty = next((e for output in outputs if (e := getattr(output, "styleloom_empty", None)) is not None), None)
-            needed = empty is not None and self.adapter.feature != "image_embeds"
-            other = empty.to(references) if needed else None
+        other = self._other(references)
         if self.fusion == EACH:
             negatives = 1 if other is None else len(other)
             counts = {"references": count, "weights": len(weights) or 1, "negatives": negatives}
@@ -84,6 +80,16 @@ class Tokens:
         self.keys[name] = made
         tokens = self.adapter.tokens or references.shape[1]
         self.values[name] = weighted(made, self.fusion, weights, tokens)
+
+    def _other(self, references: torch.Tensor) -> torch.Tensor | None:
+        """Features for the negative side. Without a negative, what the encoder sees in an empty picture stands in for
+        it: it comes with any of the encodings that Encode Style Image made."""
+        if self.negative is not None:
+            return features(self.adapter, [self.negative], "negative")
+        if self.adapter.feature == "image_embeds":
+            return None
+        found = (empty for empty in self._empties if empty is not None and empty.shape[1:] == references.shape[1:])
+        return next((empty.to(references) for empty in found), None)
 
 
 def one_by_one(fusion: str, outputs: list) -> list[list]:
