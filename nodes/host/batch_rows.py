@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...weights.row_adapters.probe import fingerprints
 from .batch_sides import BatchSides
 
 _KEY = "styleloom_rows"  # in transformer_options
@@ -135,17 +136,6 @@ def _matched(handed: _Handed, found: Mapping[str, torch.Tensor], count: int) -> 
         here = [places.get(mark, set()) for mark in fingerprints(now)]
         possible = here if possible is None else [a & b for a, b in zip(possible, here, strict=True)]
     return possible
-
-
-def fingerprints(tensor: torch.Tensor) -> list[int]:
-    """One number for each row, of its bits: equal rows have equal ones, and others only by a rare chance."""
-    flat = tensor.detach().reshape(tensor.shape[0], -1)
-    if flat.dtype == torch.bool:
-        flat = flat.to(torch.uint8)
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.dtype.itemsize]
-    bits = flat.contiguous().view(kind).to(torch.int64)
-    weights = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=torch.int64) * 0x9E3779B97F4A7C1 | 1
-    return (bits * weights).sum(1).tolist()
 
 
 def _in_runs(each: tuple[int, ...], chunks: tuple[int, ...], latents: int) -> Rows:

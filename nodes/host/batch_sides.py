@@ -75,6 +75,14 @@ class BatchSides:
             self.known.get(own, NEGATIVE if place == 1 else POSITIVE) for place, own in zip(places, ids, strict=True)
         )
 
+    def of_conditioning(self, params: Mapping) -> int:
+        """The side of one conditioning that the host is about to prepare.
+
+        Args:
+            params: What `extra_conds` is given.
+        """
+        return self.known.get(params.get("uuid"), side_of_list(str(params.get("prompt_type", ""))))
+
     def forget(self) -> None:
         self._given = {}
         self.known = {}

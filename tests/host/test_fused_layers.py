@@ -311,6 +311,12 @@ def test_one_run_inside_another_and_another_packs_function(ours, kit, host, monk
                 assert moved(first) and moved(second)
             assert moved(first) and not moved(second)
         assert ops.linear_input_act is own and not moved(first)
+        one, two = Acting(ours, first, CHANGE), Acting(ours, second, CHANGE)
+        one.__enter__(), two.__enter__()
+        one.__exit__(None, None, None)  # two threads: the one that came first also goes first
+        assert moved(second) and not moved(first)
+        two.__exit__(None, None, None)
+        assert ops.linear_input_act is own
         with pytest.raises(RuntimeError):
             with Acting(ours, first, CHANGE):
                 raise RuntimeError

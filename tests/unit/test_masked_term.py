@@ -65,7 +65,7 @@ def installed(module, term, order, mask=MASK):
     root = torch.nn.ModuleDict({"layer": module})
     call = ModelCall()
     strengths = {branch: (ranks,) for branch, ranks in ALONE.items()} | {MERGED: (mask,)}
-    call.set_rows(tuple(order), len(order), False, strengths, tuple(strengths))
+    call.set_rows(tuple(order), len(order), strengths, tuple(strengths))
     call.active = True
     layers = LayersWithTerms(root.get_submodule, {"layer": dict.fromkeys(strengths, [term])}, call)
     layers.put_in()
@@ -148,7 +148,7 @@ def test_rows_that_no_one_can_tell_apart():
     changed, _, call = installed(module, MaskedLowRank(layer_of(module), 0, change), (CONTENT, STYLE))
     with pytest.raises(UnknownRows):
         changed(x)
-    call.set_rows((STYLE, STYLE), 2, False, call.strengths, call.acting)
+    call.set_rows((STYLE, STYLE), 2, call.strengths, call.acting)
     changed(x)  # one branch alone needs no arrangement
 
 

@@ -13,7 +13,7 @@ from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.row_adapters.forward import LayersWithTerms, ModelCall
 from styleloom.weights.row_adapters.layers import layer_of
 from styleloom.weights.row_adapters.low_rank import LowRankTerm, Observer
-from styleloom.weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows, spans
+from styleloom.weights.row_adapters.rows import BATCH, NEGATIVE, POSITIVE, TILED, UnknownRows, spans
 from styleloom.weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
@@ -84,14 +84,15 @@ def picture(module, rows=2):
 def test_spans_name_each_row_once_and_in_order(order, per, tiled):
     batch = per * len(order)
     for rows in (batch, 2 * batch):
+        layout = TILED if tiled else BATCH
         if rows != batch and not tiled and len(set(order)) > 1:
             with pytest.raises(UnknownRows):
-                spans(order, batch, rows, tiled)
+                spans(order, batch, rows, layout)
             continue
-        found = [branch for branch, start, length in spans(order, batch, rows, tiled) for _ in range(length)]
+        found = [branch for branch, start, length in spans(order, batch, rows, layout) for _ in range(length)]
         each = [branch for branch in order for _ in range(per)] * (rows // batch)
         assert found == each
-        starts = [start for _, start, _ in spans(order, batch, rows, tiled)]
+        starts = [start for _, start, _ in spans(order, batch, rows, layout)]
         assert starts == sorted(starts)
 
 
@@ -272,9 +273,9 @@ def test_a_layer_says_what_it_is():
 # --- the forward of a layer with terms
 
 
-def call_of(order, batch, strengths, tiled=False):
+def call_of(order, batch, strengths):
     call = ModelCall()
-    call.set_rows(order, batch, tiled, strengths, tuple(strengths))
+    call.set_rows(order, batch, strengths, tuple(strengths))
     call.active = True
     return call
 
@@ -283,16 +284,16 @@ def test_each_call_has_its_own_rows():
     """What a call worked out for a number of rows says nothing of the next one."""
     strengths = {POSITIVE: (1.0,), NEGATIVE: (1.0,)}
     call = call_of((POSITIVE, NEGATIVE), 4, strengths)
-    assert call.runs(4) == ((POSITIVE, 0, 2), (NEGATIVE, 2, 2))
-    call.set_rows((NEGATIVE, POSITIVE), 4, False, strengths, (POSITIVE,))
-    assert call.runs(4) == ((POSITIVE, 2, 2),)
+    assert call.runs(torch.zeros(4, 1)) == (0, ((POSITIVE, 0, 2), (NEGATIVE, 2, 2)))
+    call.set_rows((NEGATIVE, POSITIVE), 4, strengths, (POSITIVE,))
+    assert call.runs(torch.zeros(4, 1)) == (0, ((POSITIVE, 2, 2),))
 
 
 def test_twice_the_batch_is_refused_unless_the_model_is_known_to_tile():
     order = (POSITIVE, NEGATIVE)
     with pytest.raises(UnknownRows):
         spans(order, 2, 4)
-    assert spans(order, 2, 4, tiled=True) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    assert spans(order, 2, 4, TILED) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
 
 
 @pytest.mark.parametrize("watched", [False, True])

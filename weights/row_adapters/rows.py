@@ -6,43 +6,67 @@ A branch is a number: the side of guidance (`POSITIVE`, `NEGATIVE`), or what a m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 POSITIVE, NEGATIVE = 0, 1  # as the host numbers them in `cond_or_uncond`
 
-# A transformer that sees reference pictures may run its time embedding a second time, at sigma 0, and lay those rows
-# behind all others. The batch then stands twice in a row, whole, instead of every row twice.
-TILED = frozenset({"Flux", "NextDiT", "NextDiTPixelSpace", "QwenImageTransformer2DModel"})
-
 Spans = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of the batch stand in a layer's input.
+
+    Attributes:
+        kind: `BATCH`: as many rows as the batch has. `EACH`: a multiple of them; what belongs to one row of the batch
+            stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `ONE_MORE`: the batch
+            and one row behind it that belongs to every branch. `ONE_FOR_ALL`: one row that belongs to every branch,
+            and whose output may be repeated for each row of the batch. `CHUNKS`: any multiple of the number of chunks;
+            what belongs to one chunk stands together (frames of a video that are latents of their own). `UNKNOWN`: not
+            even as many rows as the batch has say anything.
+        axis: On which axis they stand.
+    """
+
+    kind: str
+    axis: int = 0
+
+
+BATCH, EACH, TILED, CHUNKS, ONE_MORE, ONE_FOR_ALL, UNKNOWN = (
+    Layout(kind) for kind in ("batch", "each", "tiled", "chunks", "one more", "one for all", "unknown")
+)
 
 
 class UnknownRows(Exception):
     """A layer's input has another number of rows than the batch, and nothing says how they are arranged."""
 
-    def __init__(self, rows: int, batch: int):
-        super().__init__(f"{rows} rows for a batch of {batch}")
+    def __init__(self, rows: int, batch: int, name: str = ""):
+        super().__init__(f"{rows} rows for a batch of {batch}" + (f" in {name}" if name else ""))
         self.rows, self.batch = rows, batch
 
 
-def spans(order: tuple[int, ...], batch: int, rows: int, tiled: bool = False) -> Spans:
-    """Cuts the leading axis of a layer's input into runs of rows of one branch.
+def spans(order: tuple[int, ...], batch: int, rows: int, layout: Layout = BATCH) -> Spans:
+    """Cuts one axis of a layer's input into runs of rows of one branch.
 
     Args:
         order: The branch of each chunk of the batch, in the batch's order.
         batch: Rows of the model's input: the same number for each chunk.
-        rows: Rows of this layer's input.
-        tiled: Twice the batch means the whole batch two times, one after the other.
+        rows: Rows of this layer's input, along the layout's axis.
+        layout: How they are arranged; its axis is not looked at.
 
     Returns:
-        (branch, first row, number of rows), … , neighbours of one branch joined.
+        (branch, first row, number of rows), ..., neighbours of one branch joined.
 
     Raises:
-        UnknownRows: the number fits no known arrangement, and more than one branch is there.
+        UnknownRows: the number does not fit the arrangement, or a row belongs to more than one branch.
     """
     if len(set(order)) == 1:
         return ((order[0], 0, rows),)
-    if rows == 2 * batch and tiled:
-        order = order * 2
-    elif rows != batch or rows % len(order):
+    kind = layout.kind
+    if kind == TILED.kind and rows and rows % batch == 0:
+        order = order * (rows // batch)
+    elif kind == UNKNOWN.kind or rows % len(order) or not (
+        rows == batch or kind == CHUNKS.kind or kind == EACH.kind and rows and rows % batch == 0
+    ):
         raise UnknownRows(rows, batch)
     length = rows // len(order)
     runs: list[tuple[int, int, int]] = []

@@ -162,7 +162,7 @@ class Conversion:
         if given["preset"] not in theirs.WITHOUT_MIDDLE and not given["block_weights"]:
             self._note(
                 "the middle block sees the picture where the weight type means it to; in IPAdapter Plus it never does. "
-                "For the same as there: preset custom, with the middle at 0"
+                "For the same as there: preset custom, with every block but the middle"
             )
         return self.graph.add(ours.INJECT, given, sockets, near, title=near.title)
 

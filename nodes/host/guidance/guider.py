@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import comfy.hooks
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
@@ -58,7 +60,7 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
             self.set_conds(*self._given)
             return super().sample(*given, **kwargs)
 
-    def inner_sample(self, *args, **kwargs):
+    def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs):
         others = self.model_options.get("multigpu_clones", {}).values()
         patchers = [self.model_patcher] + [other for other in others if other is not self.model_patcher]
         self.model_options["transformer_options"] = {
@@ -68,14 +70,18 @@ class AsymmetricCFGGuider(comfy.samplers.CFGGuider):
         run = BranchRun(self.plan)
         run.sides.given(self.conds)
 
+        preparing = contextlib.ExitStack()
+
         def told(executor, guider, *inner):
+            preparing.close()
             for cond, side in run.sides.prepared(self.conds):
                 cond["hooks"] = self._hooks_on(side, cond.get("hooks"))
             return executor(guider, *inner)
 
         add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, told, self.model_options, is_model_options=True)
-        with run.active(patchers, self.model_options):
-            return super().inner_sample(*args, **kwargs)
+        with run.active(patchers, self.model_options), preparing:
+            preparing.enter_context(run.preparing(self.inner_model, sigmas))
+            return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
     def _hooks_on(self, side: int, hooks):
         """Hooks of a conditioning that was copied to a side: the user's stay, the plan's become those of that side."""

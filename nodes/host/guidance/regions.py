@@ -15,6 +15,7 @@ from ....weights.row_adapters.terms import Term
 from ....weights.token_tables import Tokens, tokens_of
 from ..areas import areas_of, frames_of, pictures_of
 from ..batch_rows import Rows
+from ..row_terms import outside_memory_graph
 
 _LATENT = "styleloom_latent"  # in transformer_options: the latent's axes, and uuid -> area of the conditionings
 _KEPT = 16  # kinds of calls that are remembered
@@ -107,7 +108,7 @@ class PlannedRegions:
         return made
 
     def places(self, scene: Scene, maps: Maps) -> Places:
-        return Places(self._tokens, self._layers, self.regions, scene, maps)
+        return Places(self._tokens, self._layers, self.regions, scene, maps, outside_memory_graph)
 
     @property
     def tokens(self) -> Tokens:

@@ -11,8 +11,9 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper_wi
 
 from ....weights.errors import StyleLoomError
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
+from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.low_rank import Observer, SharedInput
-from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, TILED, UnknownRows
+from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
@@ -21,6 +22,7 @@ from ..missing_keys import some
 from ..repeated_rows import tracing
 from ..row_terms import outside_memory_graph
 from .changed_weights import ChangedWeights
+from .model_layouts import Unlisted, order_in_layers, split_points
 from .plan import Plan
 from .regions import RegionalRun
 
@@ -53,6 +55,8 @@ class BranchRun:
         self._shared: list[SharedInput] = []
         self._apart = bool(plan.changes)
         self._observed = False
+        self._prepared: set[str] = set()
+        self._unlisted = Unlisted()
         self._regions = RegionalRun(plan.regions) if plan.regions.any else None
         self._mixed = False  # the last call of guidance had a batch with both sides
         self._steps = {True: 0, False: 0}  # calls of guidance with both sides: in one batch or not
@@ -103,8 +107,14 @@ class BranchRun:
     @contextlib.contextmanager
     def _injected(self, patcher):
         """As one of the host's injections, which it takes out and puts back when hooks change weights in between."""
-        call = self._calls[id(patcher.model)] = ModelCall()
-        layers = LayersWithTerms(lambda name: find_module(patcher.model, name), self._plan.terms, call)
+        layouts = layouts_of(patcher.model.diffusion_model)
+        call = self._calls[id(patcher.model)] = ModelCall(layouts)
+        layers = LayersWithTerms(
+            lambda name: find_module(patcher.model, name),
+            self._plan.terms,
+            call,
+            split_points(patcher.model, layouts, self._plan.terms),
+        )
         patcher.set_injections(KEY, [PatcherInjection(lambda _: layers.put_in(), lambda _: layers.take_out())])
         others = patcher.is_injected
         changed = self._changed[id(patcher.model)] = ChangedWeights(patcher.model, self._plan.changes, call)
@@ -117,6 +127,43 @@ class BranchRun:
                 layers.take_out()
                 patcher.remove_injections(KEY)
                 patcher.is_injected = others
+
+    @contextlib.contextmanager
+    def preparing(self, model, sigmas: torch.Tensor):
+        """While open: layers that the host runs to prepare a conditioning have the terms of its side, at the strength
+        of the first sigma. (Anima, LTX-2 and MiniMax-H3 run a part of the model on the prompt, once.)
+
+        Args:
+            model: The BaseModel of the run.
+            sigmas: Of the run.
+        """
+        call, inner, before = self._calls[id(model)], model.extra_conds, model.__dict__.get("extra_conds")
+        strengths = self._strengths(sigmas[:1], {"sample_sigmas": sigmas}) if len(sigmas) else {}
+        acting = tuple(side for side, each in strengths.items() if any(each))
+
+        def extra_conds(**kwargs):
+            call.set_rows((self.sides.of_conditioning(kwargs),), 1, strengths, acting)
+            call.active, call.called = True, self._prepared
+            try:
+                return inner(**kwargs)
+            finally:
+                call.active, call.called = False, None
+
+        model.extra_conds = extra_conds
+        try:
+            yield
+        finally:
+            if before is None:
+                del model.extra_conds
+            else:
+                model.extra_conds = before
+            if self._prepared:
+                logging.info(
+                    "StyleLoom: Asymmetric CFG: %d of the LoRAs' layers prepare the prompts, with the LoRAs of each side: "
+                    "%s",
+                    len(self._prepared),
+                    some(sorted(self._prepared)),
+                )
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
@@ -152,11 +199,15 @@ class BranchRun:
         if call is None or call.active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
+        inner = executor.class_obj.diffusion_model
+        listed = layouts_of(inner)
         rows = rows_of(self.sides, options, x.shape[0], given)
-        if rows is None:
-            raise UnknownRows(x.shape[0], len(options["cond_or_uncond"]))
+        order = order_in_layers(rows, listed, given, x.shape[0], len(options.get("cond_or_uncond") or [0]))
+        if not listed.known and len(order) > 1:
+            whole = (x, t, c_concat, c_crossattn, control, options, kwargs)
+            self._unlisted.find(executor, call, order, whole, type(inner).__name__)
         strengths = self._strengths(t, options)
-        mixed = len(set(rows.sides)) > 1
+        mixed = len(set(order)) > 1
         self._mixed = self._mixed or mixed
         if self._plan.changes and mixed:
             raise StyleLoomError(
@@ -166,12 +217,10 @@ class BranchRun:
                 "layers",
                 "Leave the other node out, or load the model in fp16, bf16 or fp8.",
             )
-        inner = executor.class_obj.diffusion_model
         options = tracing(options, inner, call.repeat)
         call.set_rows(
-            rows.sides,
+            order,
             x.shape[0],
-            type(inner).__name__ in TILED,
             strengths,
             tuple(branch for branch, each in strengths.items() if any(each)),
         )
@@ -196,7 +245,7 @@ class BranchRun:
     def _learn(self, observers: Mapping[int, Observer], called: set[str]) -> None:
         """After the first pass: which layers share an input, and which were not called by the model."""
         self._observed = True
-        idle = self._plan.terms.keys() - called
+        idle = self._plan.terms.keys() - called - self._prepared
         # None called at all: the whole model is compiled, and nothing was seen. Norms are then the one uncertain thing.
         apart = sorted(name for name in idle & self._plan.patches.keys() if called or name in self._plan.norms)
         if apart:

@@ -18,8 +18,8 @@ from ....weights.lora.low_rank import LowRank
 from ....weights.merge.two_loras import Prepared
 from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.layers import layer_of
+from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE, MaskedLowRank
-from ....weights.row_adapters.rows import TILED
 from ..fused_layers import called
 from ..lora_patches import find_module
 from ..missing_keys import some
@@ -93,8 +93,7 @@ class MaskedLoRA:
 
     def __init__(self, model, ranks: Sequence[StackedRanks]):
         self.model, self.ranks = model, list(ranks)
-        self._call = ModelCall()
-        self._tiled = type(model.model.diffusion_model).__name__ in TILED
+        self._call = ModelCall(layouts_of(model.model.diffusion_model))
         alone = [(each.content, each.change.rank - each.content) for each in self.ranks]
         self._alone = {CONTENT: tuple((0, content) for content, _ in alone), STYLE: tuple(alone)}
         self._terms: list[MaskedLowRank] = []
@@ -156,7 +155,7 @@ class MaskedLoRA:
 
     def back_to(self, state: tuple) -> None:
         order, strengths = state
-        self._call.set_rows(order, len(order), self._tiled, strengths, tuple(strengths))
+        self._call.set_rows(order, len(order), strengths, tuple(strengths))
 
     def watch(self, on_layer: Watch | None) -> None:
         """From now on, give V x (tokens, rank) of every shared layer to `on_layer`, with the layer's index."""
