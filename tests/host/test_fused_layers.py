@@ -170,7 +170,7 @@ class Acting:
         forward, rows = ours("weights.row_adapters.forward"), ours("weights.row_adapters.rows")
         low_rank, layers = ours("weights.row_adapters.low_rank"), ours("weights.row_adapters.layers")
         call = forward.ModelCall()
-        call.set_rows((rows.POSITIVE, rows.NEGATIVE), 2, False, {rows.POSITIVE: (0.7,)}, (rows.POSITIVE,))
+        call.set_rows((rows.POSITIVE, rows.NEGATIVE), 2, {rows.POSITIVE: (0.7,)}, (rows.POSITIVE,))
         call.active = True
         up, down = change
         pair = ours("weights.lora.low_rank").LowRank(down, up)

@@ -23,7 +23,7 @@ def layer():
     linear = torch.nn.Linear(6, 4).double().requires_grad_(False)
     up, down = numbers(4, 2, seed=1), numbers(2, 6, seed=2)
     call = ModelCall()
-    call.set_rows((0, 1), 2, False, {0: (STRENGTH,)}, (0,))
+    call.set_rows((0, 1), 2, {0: (STRENGTH,)}, (0,))
     call.active = True
     term = LowRankTerm(layer_of(linear), [(LowRank(down, up), 0)])
     return forward_with_terms("x", linear.forward, {0: [term]}, call), linear, STRENGTH * up @ down, call

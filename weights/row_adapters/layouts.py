@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .rows import BATCH, CHUNKS, EACH, ONE_FOR_ALL, ONE_MORE, TILED, Layout
+from .rows import BATCH, CHUNKS, EACH, ONE_FOR_ALL, ONE_MORE, TILED, TWICE, Layout
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Layouts:
         return found
 
 
-_REFERENCES = Layouts(((r"", TILED),))  # the time embedding may run a second time, for reference pictures at sigma 0
+# The time embedding may run a second time, for reference pictures at sigma 0. Other multiples are another node's doing.
+_REFERENCES = Layouts(((r"", TWICE),))
 _WAN = Layouts(((r"(^|\.)time_embedding\.", EACH),))  # one time for each frame
 _EXPERTS = r"\.ff_i$"
 
@@ -68,7 +69,7 @@ _TABLE: Mapping[str, Layouts] = {
     "UNetModel": Layouts(((r"\.time_(stack|mixer|pos_embed)\.", CHUNKS),)),  # the frames of SVD are latents
     **dict.fromkeys(("Flux", "NextDiT", "QwenImageTransformer2DModel", "LensTransformer2DModel"), _REFERENCES),
     # lumina/model.py: one row for each patch
-    "NextDiTPixelSpace": Layouts(((r"(^|\.)dec_net\.", EACH), (r"", TILED))),
+    "NextDiTPixelSpace": Layouts(((r"(^|\.)dec_net\.", EACH), (r"", TWICE))),
     # pixart/pixartms.py: height and width as rows of their own; the prompts of all rows one after the other
     "PixArtMS": Layouts(((r"(^|\.)csize_embedder\.", EACH), (r"cross_attn\.kv_linear$", Layout("each", 1)))),
     # hydit/models.py, poolers.py
@@ -90,7 +91,7 @@ _TABLE: Mapping[str, Layouts] = {
     "MageFlowTransformer2DModel": _REFERENCES,
     "JoyImageTransformer3DModel": Layouts(),
     # krea2/model.py: tokens as rows
-    "SingleStreamDiT": Layouts(((r"(^|\.)txtfusion\.layerwise_blocks\.", EACH), (r"", TILED))),
+    "SingleStreamDiT": Layouts(((r"(^|\.)txtfusion\.layerwise_blocks\.", EACH), (r"", TWICE))),
     "QwenImage21Transformer2DModel": Layouts(
         ((r"(^|\.)time_text_embed\..*linear_[12]$", ONE_MORE), (r"(^|\.)modulation\.1$", ONE_MORE))
     ),
