@@ -376,3 +376,15 @@ def test_the_prefix_cache_is_off_in_a_merge(bench, cached, ours):
     with ours("nodes.host.merge.masked_lora").MaskedLoRA(model, []):
         bench.plain(model, sampling=ONE)
     assert told == [({"device": "off"}, 1)] and model.model_options is before
+
+
+def test_a_probe_of_rows_sees_these_layers_too(ours, down, host):
+    """Models of no known class are run without terms first, to see how their rows stand."""
+    acting, x, seen = Acting(ours, down, CHANGE), numbers(2, 5, 32, seed=5), []
+    acting.call.active = False
+    with torch.inference_mode(), acting:
+        acting.call.seen = lambda name, given: seen.append((name, tuple(given.shape)))
+        made = host.comfy.ops.linear_input_act(down, x, "swiglu")
+        acting.call.seen = None
+        plain = host.comfy.ops.linear_input_act(down, x, "swiglu")
+    assert seen == [("layer", (2, 5, 16))] and float((made - plain).norm() / plain.norm()) < INT8
