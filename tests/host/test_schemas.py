@@ -126,7 +126,8 @@ API = {
     "StyleLoomStyleWeights": (
         "Style Weights",
         [("weights", "STRING", REQUIRED), ("timing", "COMBO", REQUIRED), ("frames", "INT", REQUIRED)],
-        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE")],
+        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE"), ("image_1", "IMAGE"),
+         ("image_2", "IMAGE"), ("weights_2", "STRING")],
     ),
     "StyleLoomNoiseNegative": (
         "Noise Negative",
