@@ -7,7 +7,6 @@ the pack works in it.
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import importlib
 import inspect
@@ -188,9 +187,6 @@ def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     if failed:
         logging.getLogger(__name__).warning("stock nodes that this environment cannot import: %s", failed)
     kit = _load(nodes, _linked(base, "styleloom_kit", ROOT / "tests" / "kit"))
-    # Models and LoRAs are many thousand objects that come and go at once, and no garbage. It is collected after each
-    # file (see shared_models.py); with Python's own thresholds a tenth of all time would go into looking for it.
-    gc.set_threshold(20_000, 20, 100)
     return Host(folder, base, nodes.NODE_CLASS_MAPPINGS, comfy, folder_paths, kit)
 
 
