@@ -176,8 +176,8 @@ class RegionalRun:
         shown = {axes if area is None else area[: len(own)] for area in found}
         if shown != {own} or len(own) not in (2, 3) or not rows.plain:
             raise StyleLoomError(
-                f"the model is shown {' x '.join(map(str, own))} of a latent of "
-                f"{' x '.join(map(str, axes)) if axes else 'unknown size'}, by another node",
+                f"another node shows the model {x.shape[0]} rows of {' x '.join(map(str, own))} of a latent of "
+                f"{' x '.join(map(str, axes)) if axes else 'unknown size'}",
                 "the whole latent, or the area of a conditioning, so that a LoRA's mask can be laid over it",
                 "Leave out the node that cuts the latent into tiles or changes its size, or leave mask unconnected.",
             )
