@@ -96,7 +96,7 @@ OTHERS = (
     Variant("MiniMax-H3", "MiniMaxH3", {"image_model": "minimax_h3", "num_layers": 1, "token_refiner_num_layers": 1,
             "hidden_size": 96, "num_attention_heads": 1, "attention_head_dim": 96, "ffn_hidden_size": 48,
             "text_dim": 32, "timestep_input_dim": 16, "time_embed_hidden_size": 24, "time_embed_dim": 16},
-            [(24, 2, 4, 4), (32, 1, 6)]),
+            [(24, 2, 4, 4), (32, 2, 6)]),
     Variant("HunyuanVideo", "HunyuanVideo", _HUNYUAN, (16, 3, 8, 8), more=pooled(24)),
     Variant("HunyuanVideo I2V, guiding frame", "HunyuanVideoI2V", {**_HUNYUAN, "in_channels": 33}, (16, 3, 8, 8),
             more=pooled(24), both=lambda g: {"guiding_frame_index": 0}),
