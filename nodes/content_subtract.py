@@ -88,12 +88,14 @@ class ContentSubtract(io.ComfyNode):
                 io.ClipVisionOutput.Input(
                     "content_pictures",
                     optional=True,
+                    advanced=True,
                     tooltip="A few encoded pictures that show the content in other styles. They take the place of "
                     "content, and no text encoder is needed. Encode them like the style.",
                 ),
                 io.ClipVisionOutput.Input(
                     "neutral_pictures",
                     optional=True,
+                    advanced=True,
                     tooltip="With content_pictures: encoded pictures of anything else. What they share with those is "
                     "left in. Without them an empty picture stands in, which Encode Style Image brings along.",
                 ),

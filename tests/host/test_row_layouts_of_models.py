@@ -91,3 +91,24 @@ def test_layers_that_prepare_the_prompt(compare, host, monkeypatch):
     monkeypatch.setattr(comfy.model_base.QwenImage, "extra_conds", extra_conds)
     found = compare("Qwen-Image", only="txt_in")
     assert found["error"] < EXACT and found["calls"] == 1 and found["symmetric"] > 1e-3
+
+
+def test_a_patch_that_cannot_act_while_the_prompt_is_prepared_is_refused(compare, bench_models, monkeypatch):
+    import comfy.model_base
+
+    inner = comfy.model_base.QwenImage.extra_conds
+
+    def extra_conds(self, **kwargs):
+        self.diffusion_model.txt_in(kwargs["cross_attn"])
+        return inner(self, **kwargs)
+
+    def dora(model, seed, only):
+        made = lora(model, seed, only)
+        weight = model.diffusion_model.txt_in.weight
+        return made | {"diffusion_model.txt_in.dora_scale": weight.norm(dim=1, keepdim=True)}
+
+    lora = bench_models.lora_for
+    monkeypatch.setattr(bench_models, "lora_for", dora)
+    monkeypatch.setattr(comfy.model_base.QwenImage, "extra_conds", extra_conds)
+    with pytest.raises(Exception, match="txt_in runs while the prompts are prepared"):
+        compare("Qwen-Image", only="txt_in")

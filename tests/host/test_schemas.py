@@ -146,7 +146,7 @@ API = {
     ),
     "StyleLoomContentSubtract": (
         "Content Subtract",
-        [("style", "CLIP_VISION_OUTPUT", REQUIRED), ("clip", "CLIP", REQUIRED), ("content", "STRING", REQUIRED),
+        [("style", "CLIP_VISION_OUTPUT", REQUIRED), ("clip", "CLIP", OPTIONAL), ("content", "STRING", REQUIRED),
          ("method", "COMBO", REQUIRED), ("strength", "FLOAT", REQUIRED), ("protect", "STRING", OPTIONAL),
          ("gap_correction", "BOOLEAN", OPTIONAL), ("one_sided", "BOOLEAN", OPTIONAL),
          ("renormalise", "BOOLEAN", OPTIONAL)],

@@ -210,8 +210,8 @@ def test_one_mask_for_each_picture_or_for_all():
 def test_the_rows_of_one_side():
     masks = torch.rand(2, 4, 4)
     seen = scene(4, 4, views=(View(0), View(1), View(0), View(1)), pictures=2)
-    found = places(Region("it", (masks,)), seen).strengths("layer", POSITIVE, 2, 2, torch.zeros(4, 16, 2), (1.0, 0.0))
-    assert torch.equal(found[0].where.flatten(1), masks.flatten(1))
+    found = places(Region("it", (masks,)), seen).strengths("layer", POSITIVE, 1, 2, torch.zeros(4, 16, 2), (1.0, 0.0))
+    assert torch.equal(found[0].where.flatten(1), masks[[1, 0]].flatten(1))
 
 
 def test_an_area_sees_its_part_of_the_mask():

@@ -20,7 +20,7 @@ from ..fused_layers import called as calls_layers
 from ..lora_patches import find_module
 from ..missing_keys import some
 from ..repeated_rows import tracing
-from ..row_terms import outside_memory_graph
+from ..row_terms import outside_memory_graph, parts_of
 from .changed_weights import ChangedWeights
 from .model_layouts import Unlisted, order_in_layers, split_points
 from .plan import Plan
@@ -150,20 +150,43 @@ class BranchRun:
                 call.active, call.called = False, None
 
         model.extra_conds = extra_conds
+        refused = [
+            find_module(model, name).register_forward_pre_hook(self._refuses(name))
+            for name in self._hooked_layers(model)
+        ]
         try:
             yield
         finally:
+            for handle in refused:
+                handle.remove()
             if before is None:
                 del model.extra_conds
             else:
                 model.extra_conds = before
-            if self._prepared:
-                logging.info(
-                    "StyleLoom: Asymmetric CFG: %d of the LoRAs' layers prepare the prompts, with the LoRAs of each side: "
-                    "%s",
-                    len(self._prepared),
-                    some(sorted(self._prepared)),
-                )
+        if self._prepared:
+            self._plan.tell(
+                f"  {len(self._prepared)} layers of the LoRAs run once, while the prompts are prepared, with the LoRAs "
+                f"of the prompt's side: {some(sorted(self._prepared))}",
+                logging.INFO,
+            )
+
+    def _hooked_layers(self, model) -> set[str]:
+        groups = [group for group in self._plan.hooks.values() if group is not None]
+        targets = [target for group in groups for hook in group.hooks for target in hook.weights]
+        names = {parts_of(target)[0].rpartition(".")[0] for target in targets}
+        return {name for name in names if find_module(model, name) is not None}
+
+    @staticmethod
+    def _refuses(name: str):
+        def stop(*_):
+            raise StyleLoomError(
+                f"{name} runs while the prompts are prepared, and its patch needs ComfyUI's weight hooks, which act in "
+                "sampling only",
+                "a patch of a kind that runs in one pass there (LoRA, LoHa, LoKr, OFT or a difference)",
+                "Take this layer out of the LoRA, or apply the LoRA to the model with Apply LoRA, for both sides.",
+            )
+
+        return stop
 
     def _calc_cond_batch(self, executor, model, conds, x_in, timestep, model_options):
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
