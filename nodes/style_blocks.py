@@ -8,16 +8,19 @@ import logging
 import comfy.utils
 from comfy_api.latest import io
 
+from ..weights.dit import style_blocks
 from ..weights.errors import StyleLoomError
 from ..weights.unet import presets
 from ..weights.ip_adapter.combine import parse_numbers, repeat_last
+from ..weights.ip_adapter.dit_formats import DiTAdapter
 from ..weights.ip_adapter.formats import recognise
-from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS, project
+from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS
 from ..weights.tensor_file import read_header
 from .host import folders
 from .host.style.cross_attentions import check_fit
 from .host.progress import Steps
-from .host.style.attention import StyleAttention
+from .host.style.dit_fit import check_settings
+from .host.style.install import install
 from .host.style.references import Tokens, masks_of, one_by_one
 from .host.style.report import injection_report, injection_settings
 from .host.style.step_weights import StepWeights
@@ -315,7 +318,12 @@ class StyleBlockInjector(io.ComfyNode):
         if not references:
             raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
         architecture = check_fit(model, ipadapter)
-        chosen = presets.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights, boost)
+        strengths = preset, weight, layout_weight, layout is not None, block_weights
+        if isinstance(ipadapter, DiTAdapter):
+            check_settings(ipadapter, scaling)
+            chosen = style_blocks.choose(architecture, ipadapter.name, *strengths)
+        else:
+            chosen = presets.choose(architecture, *strengths, boost)
         used = {whose for _, whose in chosen.values()}
         notes = []
         if layout is not None and not used & {presets.LAYOUT, *presets.AWAY_FROM.values()}:
@@ -343,9 +351,8 @@ class StyleBlockInjector(io.ComfyNode):
         over = StepWeights(steps, start_percent, end_percent) if steps else None
         for i, group in enumerate(groups):
             made = Tokens(ipadapter, used, group, [] if layout is None else [layout], negative, fusion, each[i])
-            dtype = model.model.get_dtype_inference()
-            layers = project(ipadapter, chosen, made.keys, scaling, dtype, progress, made.values)
-            patched = StyleAttention(layers, masks[i], start_percent, end_percent, over).install(patched)
+            when = {"mask": masks[i], "start": start_percent, "end": end_percent, "steps": over}
+            patched = install(patched, ipadapter, chosen, made, scaling, progress, **when)
             counts = {name: counts.get(name, 0) + n if name == presets.STYLE else n for name, n in made.counts.items()}
             notes += made.notes
         for note in notes:

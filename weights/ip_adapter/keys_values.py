@@ -23,6 +23,7 @@ from ..parallel import map_single_threaded
 from ..row_adapters.rows import NEGATIVE, POSITIVE
 from ..unet.architecture import Layer
 from .combine import AVERAGE, WAYS, combine
+from .dit_formats import INSTANTX, XLABS, DiTAdapter
 from .formats import BASE, Adapter
 from .projections import image_tokens
 
@@ -47,7 +48,7 @@ class KeysValues(NamedTuple):
 
 
 def fuse(
-    adapter: Adapter,
+    adapter: Adapter | DiTAdapter,
     references: torch.Tensor,
     negative: torch.Tensor | None,
     fusion: str,
@@ -57,8 +58,8 @@ def fuse(
 
     Args:
         references: features of the reference pictures, first axis the pictures.
-        negative: features for the unconditional side. None: kind base takes zeros in the place of the embedding, as
-            published; the other kinds need the features of an empty picture.
+        negative: features for the unconditional side. None: kind base and those for transformers take zeros in the
+            place of the embedding, as published; the other kinds need the features of an empty picture.
         fusion: concat (and one per mask, for one reference at a time) puts the tokens of all references side by side;
             average and the other `combine.WAYS` make one of the features; one per picture keeps them apart, and
             repeats the last where there are fewer references than weights or negatives, or the other way round.
@@ -74,7 +75,7 @@ def fuse(
     if not len(references):
         raise StyleLoomError("style is an empty batch", "at least one encoded picture", "Look at the node before.")
     if negative is None:
-        if adapter.kind != BASE:
+        if adapter.kind not in (BASE, XLABS, INSTANTX):
             raise StyleLoomError(
                 f"{adapter.name} is a {adapter.kind} adapter, and what it does without a picture is not known",
                 "for the negative side of guidance, the encoding of an empty picture",
