@@ -15,12 +15,14 @@ from ..weights.ip_adapter.combine import parse_numbers, repeat_last
 from ..weights.ip_adapter.dit_formats import DiTAdapter
 from ..weights.ip_adapter.formats import recognise
 from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS
+from ..weights.ip_adapter.siglip_head import PREFIX as SIGLIP_HEAD
 from ..weights.tensor_file import read_header
 from .host import folders
 from .host.style.cross_attentions import check_fit
 from .host.progress import Steps
 from .host.style.dit_fit import check_settings
 from .host.style.install import install
+from .host.style.siglip_output import with_head
 from .host.style.references import Tokens, masks_of, one_by_one
 from .host.style.report import injection_report, injection_settings
 from .host.style.step_weights import StepWeights
@@ -28,6 +30,7 @@ from .host.style.vision_output import FITS, POSITIONS, encode_picture, places
 from .types import CATEGORY_STYLE, IPAdapter
 
 MAX_INPUTS = 64
+NO_FILE = "none"
 
 
 class LoadIPAdapter(io.ComfyNode):
@@ -37,9 +40,9 @@ class LoadIPAdapter(io.ComfyNode):
             node_id="StyleLoomLoadIPAdapter",
             display_name="Load IP-Adapter",
             category=CATEGORY_STYLE,
-            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors: base, light, plus, plus-face or full-face. "
-            "What it is and which image encoder it needs is read from its contents, whatever its name. FaceID kinds "
-            "are refused.",
+            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors (base, light, plus, plus-face or full-face) or "
+            "FLUX.1 (XLabs, InstantX). What it is and which image encoder it needs is read from its contents, whatever "
+            "its name. FaceID kinds are refused.",
             search_aliases=["ipadapter", "ip adapter", "instantstyle", "style transfer", "image prompt"],
             inputs=[
                 folders.FileInput(
@@ -48,17 +51,25 @@ class LoadIPAdapter(io.ComfyNode):
                     tooltip="A file in models/ipadapter, .safetensors or .bin. For style: ip-adapter_sdxl_vit-h with "
                     "the ViT-H image encoder, or ip-adapter_sdxl with ViT-bigG.",
                     mark="to_k_ip.weight",
-                )
+                ),
+                folders.FileInput(
+                    "siglip_head",
+                    folders.VISION,
+                    tooltip="Only for InstantX's FLUX.1 adapter: the file of the SigLIP encoder, for its pooling head, "
+                    "which ComfyUI leaves out. model.safetensors of google/siglip-so400m-patch14-384.",
+                    mark=SIGLIP_HEAD,
+                    none=NO_FILE,
+                ),
             ],
             outputs=[IPAdapter.Output(display_name="ipadapter", tooltip="For Style Block Injector.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ipadapter_name):
-        return folders.state(folders.IPADAPTERS, ipadapter_name)
+    def fingerprint_inputs(cls, ipadapter_name, siglip_head=NO_FILE):
+        return folders.state(folders.IPADAPTERS, ipadapter_name) + folders.state(folders.VISION, siglip_head)
 
     @classmethod
-    def execute(cls, ipadapter_name) -> io.NodeOutput:
+    def execute(cls, ipadapter_name, siglip_head=NO_FILE) -> io.NodeOutput:
         path = folders.find(folders.IPADAPTERS, ipadapter_name)
         if path.endswith((".safetensors", ".sft")):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
@@ -70,7 +81,7 @@ class LoadIPAdapter(io.ComfyNode):
                 ipadapter_name,
                 ", ".join(adapter.ignored),
             )
-        return io.NodeOutput(adapter)
+        return io.NodeOutput(with_head(adapter, siglip_head) if siglip_head != NO_FILE else adapter)
 
 
 class EncodeStyleImage(io.ComfyNode):
@@ -160,7 +171,7 @@ class StyleBlockInjector(io.ComfyNode):
             "another one.",
             search_aliases=["instantstyle", "ipadapter", "style transfer", "style only", "composition", "reference"],
             inputs=[
-                io.Model.Input("model", tooltip="An SDXL, SD1.5 or Kolors model; the one given stays as it is."),
+                io.Model.Input("model", tooltip="An SDXL, SD1.5, Kolors or FLUX.1 model; stays as it is."),
                 IPAdapter.Input("ipadapter", tooltip="From Load IP-Adapter."),
                 io.Autogrow.Input(
                     "style",
@@ -248,7 +259,8 @@ class StyleBlockInjector(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Only for preset custom. For example: output 1: 1, input 8: 0.5. Blocks have ComfyUI's "
-                    "names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers (6).",
+                    "names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers (6). FLUX.1: "
+                    "double 3: 1, single 10-37: 0.5.",
                 ),
                 io.Float.Input(
                     "boost",

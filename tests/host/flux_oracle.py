@@ -57,9 +57,9 @@ def _ids(x, index):
     return torch.stack([torch.full((h * w,), index), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)], 1)
 
 
-def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None):
+def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None, end=None):
     """The net's output. add: (kind, number, queries, tokens of text) -> (rows, n, width) or None; with at "end" for
-    the picture's queries, else for all."""
+    the picture's queries, else for all. end: a second one, for the end of double blocks."""
     net, heads, params = copy.deepcopy(flux).double(), flux.num_heads, flux.params
     add = add or (lambda *_: None)
     img, ids = _patches(x), _ids(x, 0)
@@ -87,8 +87,9 @@ def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None
             attn = attn + more
         img = img + c * block.img_attn.proj(attn[:, n:])
         img = img + f * block.img_mlp(_norm(img) * (1 + e) + d)
-        if more is not None and at == "end":
-            img = img + more[:, n:]
+        last = end("double", i, q, n) if end else more if at == "end" else None
+        if last is not None:
+            img = img + last[:, n:]
         txt = txt + tc * block.txt_attn.proj(attn[:, :n])
         txt = txt + tf * block.txt_mlp(_norm(txt) * (1 + te) + td)
     both = torch.cat([txt, img], dim=1)

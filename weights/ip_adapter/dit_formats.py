@@ -54,6 +54,7 @@ class DiTAdapter:
         hidden: width of the model's blocks.
         projection: tensors of `image_proj`. blocks: block → (to_k, to_v).
         ignored: keys of the file that no part of the adapter needs.
+        head: SigLIP's pooling head (`siglip_head.py`), where the adapter reads the pooled vector and it was given.
     """
 
     name: str
@@ -68,6 +69,7 @@ class DiTAdapter:
     projection: Mapping[str, torch.Tensor]
     blocks: Mapping[Block, tuple[Linear, Linear]]
     ignored: tuple[str, ...] = ()
+    head: Mapping[str, torch.Tensor] | None = None
 
     @property
     def model(self) -> str:

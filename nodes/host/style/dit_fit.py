@@ -16,8 +16,9 @@ def check_transformer(model, adapter: DiTAdapter) -> DiTArchitecture:
     """
     net = model.model.diffusion_model
     name, due = type(net).__name__, adapter.architecture
-    found = f"{name} with {len(getattr(net, 'double_blocks', ()))} double and {len(getattr(net, 'single_blocks', ()))} single blocks"
-    fits = name == "Flux" and len(net.double_blocks) == due.split.double and len(net.single_blocks) == due.split.single
+    counts = [len(getattr(net, f"{kind}_blocks", ())) for kind in ("double", "single")]
+    found = f"{name} with {counts[0]} double and {counts[1]} single blocks"
+    fits = name == "Flux" and counts == [due.split.double, due.split.single]
     if fits and net.hidden_size != adapter.hidden:
         fits, found = False, f"{found}, {net.hidden_size} wide"
     if not fits:
