@@ -40,9 +40,9 @@ class LoadIPAdapter(io.ComfyNode):
             node_id="StyleLoomLoadIPAdapter",
             display_name="Load IP-Adapter",
             category=CATEGORY_STYLE,
-            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors (base, light, plus, plus-face or full-face) or "
-            "FLUX.1 (XLabs, InstantX). What it is and which image encoder it needs is read from its contents, whatever "
-            "its name. FaceID kinds are refused.",
+            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors (base, light, plus, plus-face or full-face), "
+            "FLUX.1 (XLabs, InstantX) or SD3.5-large (InstantX). What it is and which image encoder it needs is read "
+            "from its contents, whatever its name. FaceID kinds are refused.",
             search_aliases=["ipadapter", "ip adapter", "instantstyle", "style transfer", "image prompt"],
             inputs=[
                 folders.FileInput(
@@ -171,7 +171,7 @@ class StyleBlockInjector(io.ComfyNode):
             "another one.",
             search_aliases=["instantstyle", "ipadapter", "style transfer", "style only", "composition", "reference"],
             inputs=[
-                io.Model.Input("model", tooltip="An SDXL, SD1.5, Kolors or FLUX.1 model; stays as it is."),
+                io.Model.Input("model", tooltip="An SDXL, SD1.5, Kolors, FLUX.1 or SD3.5-large model."),
                 IPAdapter.Input("ipadapter", tooltip="From Load IP-Adapter."),
                 io.Autogrow.Input(
                     "style",
@@ -330,9 +330,10 @@ class StyleBlockInjector(io.ComfyNode):
         if not references:
             raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
         architecture = check_fit(model, ipadapter)
+        weights = parse_numbers(reference_weights, "reference_weights")
         strengths = preset, weight, layout_weight, layout is not None, block_weights
         if isinstance(ipadapter, DiTAdapter):
-            check_settings(ipadapter, scaling)
+            check_settings(ipadapter, scaling, fusion, weights)
             chosen = style_blocks.choose(architecture, ipadapter.name, *strengths)
         else:
             chosen = presets.choose(architecture, *strengths, boost)
@@ -342,7 +343,6 @@ class StyleBlockInjector(io.ComfyNode):
             notes.append(f"layout is connected, but preset {preset} shows it to no layer")
         if block_weights.strip() and preset != presets.CUSTOM and not presets.is_precise(preset):
             notes.append(f"block_weights count only in preset custom and the precise ones; preset is {preset}")
-        weights = parse_numbers(reference_weights, "reference_weights")
         steps = parse_numbers(step_weights, "step_weights")
         settings = injection_settings(start_percent, end_percent, mask, negative, weights, steps)
         report = functools.partial(injection_report, ipadapter, architecture, preset, chosen)

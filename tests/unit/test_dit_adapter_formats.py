@@ -1,4 +1,4 @@
-"""IP-Adapters for FLUX.1: published sizes are recognised, XLabs's names and diffusers' alike; what is broken is named."""
+"""IP-Adapters for FLUX.1 and SD3.5: published sizes are recognised, XLabs's names and diffusers' alike; what is broken is named."""
 
 from __future__ import annotations
 
@@ -57,6 +57,46 @@ def test_instantx():
     found = recognise("x", instantx())
     assert (found.kind, found.tokens, found.width, found.hidden) == ("InstantX", 128, 1152, 3072)
     assert found.architecture is FLUX1_ALL and len(found.blocks) == 57 and "SigLIP" in found.label
+
+
+def instantx_sd3():
+    dim, proj = 1280, {"latents": empty(1, 64, 1280)}
+
+    def linear(key, rows, columns):
+        return {f"{key}.weight": empty(rows, columns), f"{key}.bias": empty(rows)}
+
+    proj |= linear("proj_in", dim, 1152) | linear("proj_out", 2432, dim)
+    proj |= linear("time_embedding.linear_1", dim, 320) | linear("time_embedding.linear_2", dim, dim)
+    proj |= {f"norm_out.{end}": empty(2432) for end in ("weight", "bias")}
+    for i in range(4):
+        proj |= {f"layers.{i}.{norm}.{end}": empty(dim) for norm in ("0.norm1", "0.norm2", "1.0")
+                 for end in ("weight", "bias")}  # fmt: skip
+        for key, rows, columns in (("0.to_q", dim, dim), ("0.to_kv", 2 * dim, dim), ("0.to_out", dim, dim),
+                                   ("1.1", 4 * dim, dim), ("1.3", dim, 4 * dim)):  # fmt: skip
+            proj[f"layers.{i}.{key}.weight"] = empty(rows, columns)
+        proj |= linear(f"layers.{i}.2.1", 4 * dim, dim)
+    ip = {}
+    for n in range(38):
+        ip |= {f"{n}.to_{part}_ip.weight": empty(2432, 2432) for part in "kv"}
+        ip |= {f"{n}.{norm}.weight": empty(64) for norm in ("norm_q", "norm_k", "norm_ip_k")}
+        ip |= linear(f"{n}.norm_ip.linear", 4864, 1280)
+    return {"image_proj": proj, "ip_adapter": ip}
+
+
+def test_instantx_sd3():
+    found = recognise("x", instantx_sd3())
+    assert (found.tokens, found.width, found.hidden, found.encoder.tokens) == (64, 1152, 2432, 729)
+    assert found.label == "InstantX IP-Adapter for SD3.5-large, 64 tokens a picture, encoder SigLIP so400m-384"
+    assert len(found.blocks) == 38 and found.feature == "penultimate_hidden_states" and not found.ignored
+    for part, key in (("image_proj", "layers.3.2.1.bias"), ("image_proj", "time_embedding.linear_2.weight"),
+                      ("ip_adapter", "37.norm_ip_k.weight"), ("ip_adapter", "0.norm_q.weight")):  # fmt: skip
+        parts = instantx_sd3()
+        del parts[part][key]
+        with pytest.raises(StyleLoomError, match=f"{part}.{key} is missing"):
+            recognise("x", parts)
+    with pytest.raises(StyleLoomError, match="which of them make style is not published"):
+        chosen("style", found.architecture)
+    assert chosen("custom", found.architecture, "joint 3: 1") == {("joint", 3, 0): (2.0, "style")}
 
 
 def test_what_is_broken_is_named():

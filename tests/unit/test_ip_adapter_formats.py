@@ -108,17 +108,6 @@ def mlp(width, tokens, cross):
             "norm.weight": empty(cross), "norm.bias": empty(cross)}  # fmt: skip
 
 
-# Published in the same two parts, for a model without a UNet: sizes of InstantX's file for SD3.5-large.
-SD35 = {"image_proj": plus(1152, 1280, 20, 2432, tokens=64) | {"time_proj.weight": empty(1)},
-        "ip_adapter": {"0.to_k_ip.weight": empty(2432, 2432), "0.norm_ip_k.weight": empty(64)}}  # fmt: skip
-
-
-def test_those_for_transformers_that_are_not_known_are_named():
-    with pytest.raises(StyleLoomError, match="an IP-Adapter for SD3.5 .InstantX., a transformer") as error:
-        recognise("a file", SD35)
-    assert "Face" not in str(error.value) and "insightface" not in str(error.value)
-
-
 def test_a_few_keys_too_many_are_reported_and_left_out():
     """Everything that is needed is there: what else the file holds is named, and the rest is as without it."""
     ip, more = GOOD[1] | {"7.to_q_ip.weight": empty(1, 1)}, {"optimizer": empty(1), "steps": {"count": empty(1)}}

@@ -21,7 +21,7 @@ from .dit_formats import DiTAdapter, recognise_transformer, unpacked
 BASE, PLUS, FULL = "base", "plus", "full"
 HEAD = 64  # width of a head of the published resamplers
 _STRAY = 8  # keys that may be left over: more are a part of a kind that is not known
-_FACE, _SIGLIP = 512, 1152  # widths of a face vector of insightface and of SigLIP so400m
+_FACE = 512  # width of a face vector of insightface
 
 # (kind of feature, width) → the encoder that has it
 _EMBEDS = {tower.projection: tower for tower in (VIT_H, BIG_G, VIT_L)}
@@ -106,26 +106,15 @@ def _parts(name: str, tensors: Mapping) -> tuple[dict[str, torch.Tensor], dict[s
     return parts["image_proj"], parts["ip_adapter"], stray
 
 
-def _refuse_transformer(name: str, model: str) -> StyleLoomError:
-    return _refuse(
-        name,
-        f"this is an IP-Adapter for {model}, a transformer: its layers are not those of a UNet, and which of them make "
-        "style is another question",
-        "Use it with the node pack of its publisher; here use an IP-Adapter for SDXL, SD1.5 or Kolors.",
-    )
-
-
 def _refuse_others(name: str, proj: Mapping[str, torch.Tensor], ip: Mapping[str, torch.Tensor]) -> None:
-    """What is published in the same two parts and reads no CLIP picture, or is for no UNet.
+    """What is published in the same two parts and reads no picture.
 
     Sizes: tencent-ailab/IP-Adapter (`ip_adapter_faceid.py`: 512 numbers a face), InstantX's InstantID (a resampler over
-    the same 512), SD3.5-large-IP-Adapter (a resampler over SigLIP's 1152 and the time step).
+    the same 512).
     """
     first = proj.get("proj.0.weight", proj.get("proj_in.weight"))
     width = first.shape[-1] if first is not None and first.ndim else 0
     plain_mlp = "proj.2.weight" in proj and "proj.3.weight" not in proj
-    if width == _SIGLIP and any(key.startswith("time") for key in proj):
-        raise _refuse_transformer(name, "SD3.5 (InstantX)")
     resampler = "latents" in proj and width == _FACE
     if any("lora" in key for key in ip) or any(key.startswith("perceiver_resampler.") for key in proj):
         what = "a FaceID"
@@ -184,8 +173,8 @@ def recognise(name: str, tensors: Mapping) -> Adapter | DiTAdapter:
         the training in the file.
 
     Raises:
-        StyleLoomError: no IP-Adapter; a FaceID kind; one for a transformer that is not known; halves missing; sizes that contradict one
-            another; more than a few keys that are not known.
+        StyleLoomError: no IP-Adapter; a FaceID kind; halves missing; sizes that contradict one another; more than a
+            few keys that are not known.
     """
     proj, ip, stray = _parts(name, unpacked(tensors))
     transformer = recognise_transformer(name, proj, ip, stray)

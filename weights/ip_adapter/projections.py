@@ -21,7 +21,8 @@ def image_tokens(adapter: Adapter | DiTAdapter, features: torch.Tensor) -> torch
 
     Args:
         adapter: from `formats.recognise`.
-        features: (pictures, width) for the kinds that read one vector, (pictures, tokens, width) otherwise; any float dtype and device.
+        features: (pictures, width) for the kinds that read one vector, (pictures, tokens, width) otherwise; any float
+            dtype and device.
 
     Returns:
         (pictures, tokens, cross) fp32 on the device of the features.

@@ -110,7 +110,7 @@ class StyleAttention:
         if not self._is_on(executor.class_obj, t):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         rows = rows_of(self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs})
-        call = self.make_call(executor.class_obj, options, x, known(rows, len(x), options))
+        call = self.make_call(executor.class_obj, options, x, t, known(rows, len(x), options))
         if self.steps is not None:
             call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
 
@@ -119,7 +119,7 @@ class StyleAttention:
 
         return self.inject(call, run, unet, options, x)
 
-    def make_call(self, model, options, x: torch.Tensor, rows: Rows) -> Call:
+    def make_call(self, model, options, x: torch.Tensor, t: torch.Tensor, rows: Rows) -> Call:
         """What the layers of this call have in common."""
         return Call(self, options, x, rows)
 

@@ -69,7 +69,7 @@ class DiTStyle(StyleAttention):
         super().__init__(*args, **kwargs)
         self.block = block
 
-    def make_call(self, model, options: Mapping, x: torch.Tensor, rows) -> DiTCall:
+    def make_call(self, model, options: Mapping, x: torch.Tensor, t: torch.Tensor, rows) -> DiTCall:
         return DiTCall(self, options, x, rows, model.diffusion_model.patch_size)
 
     def inject(self, call: DiTCall, run: Callable, net, options: Mapping, x: torch.Tensor):

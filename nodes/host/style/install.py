@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ....weights.ip_adapter.dit_formats import XLABS, DiTAdapter
+from ....weights.ip_adapter.dit_formats import INSTANTX_SD3, XLABS, DiTAdapter
 from ....weights.ip_adapter.dit_keys_values import project_flux
 from ....weights.ip_adapter.formats import Adapter
-from ....weights.ip_adapter.keys_values import project
+from ....weights.ip_adapter.keys_values import EACH, project
 from ....weights.unet.architecture import Layer
 from .attention import StyleAttention
 from .dit_attention import DiTStyle
 from .flux_blocks import InstantXBlock, XLabsBlock
 from .references import Tokens
+from .sd3_blocks import install_sd3
 
 
 def install(
@@ -34,6 +35,8 @@ def install(
     if not isinstance(adapter, DiTAdapter):
         layers = project(adapter, chosen, made.keys, scaling, dtype, progress, made.values)
         return StyleAttention(layers, **when).install(model)
+    if adapter.kind == INSTANTX_SD3:
+        return install_sd3(model, adapter, chosen, made.features, made.fusion == EACH, **when)
     heads = model.model.diffusion_model.num_heads
     layers = project_flux(adapter, chosen, made.keys, made.shares, heads, dtype, progress)
     return DiTStyle(XLabsBlock if adapter.kind == XLABS else InstantXBlock, layers, **when).install(model)

@@ -10,9 +10,9 @@ import torch
 
 from ....weights.errors import StyleLoomError
 from ....weights.ip_adapter.combine import repeat_last
-from ....weights.ip_adapter.dit_formats import DiTAdapter
+from ....weights.ip_adapter.dit_formats import INSTANTX_SD3, DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
-from ....weights.ip_adapter.keys_values import BY_MASK, EACH, fuse, turned, weighted
+from ....weights.ip_adapter.keys_values import BY_MASK, EACH, fuse, sides_of, turned, weighted
 from ....weights.unet.presets import AWAY_FROM, LAYOUT, STYLE
 from .vision_output import features
 
@@ -20,7 +20,8 @@ from .vision_output import features
 class Tokens:
     """Tokens for K (`keys`) and for V (`values`), by name; `notes` for the report, `counts` the references.
 
-    `values` are `keys` times `shares`, the weights of the tokens, (2, pictures, tokens, 1).
+    For an adapter whose tokens change with the time step there are `features` instead, those of the positive and of the
+    negative side. `values` are `keys` times `shares`, the weights of the tokens, (2, pictures, tokens, 1).
 
     Args:
         adapter: the IP-Adapter.
@@ -46,6 +47,7 @@ class Tokens:
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
         self.shares: dict[str, torch.Tensor] = {}
+        self.features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.counts: dict[str, int] = {}
         self.notes: list[str] = []
         away = {name: whose for whose, name in AWAY_FROM.items() if name in used}
@@ -79,6 +81,9 @@ class Tokens:
             short = [f"{n} {what}" for what, n in counts.items() if 1 < n < most]
             if short or 1 < count < most:
                 self.notes.append(f"{name}: the last of {', '.join(short)} is used again, up to {most}")
+        if self.adapter.kind == INSTANTX_SD3:
+            self.features[name] = sides_of(self.adapter, references, other, self.fusion, weights or None)
+            return
         made = fuse(self.adapter, references, other, self.fusion, weights or None)
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.keys[name] = made
