@@ -297,3 +297,11 @@ def test_what_does_not_fit_is_refused(kit, flux, inject, encode, run_node, files
                  weight=1.0)  # fmt: skip
     with pytest.raises(ValueError, match="siglip_head only for"):
         run_node("StyleLoomLoadIPAdapter", ipadapter_name="flux/xlabs.safetensors", siglip_head="flux/siglip.safetensors")
+
+
+def test_a_compiled_model_is_refused(host, flux, given, inject):
+    patched = inject(flux, "xlabs")[0]
+    kind = host.comfy.patcher_extension.WrappersMP.APPLY_MODEL
+    patched.add_wrapper_with_key(kind, "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    with pytest.raises(ValueError, match="model is compiled"):
+        call(patched, given)

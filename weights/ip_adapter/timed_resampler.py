@@ -2,8 +2,8 @@
 
 A vector of the time step, v = W₂ silu(W₁ sinusoid(t)), is added to the picture's features; in each layer of the
 resampler (shift, scale, shift', scale') = W silu(v) modulate what the norms of the queries give, before the attention
-and before the feed-forward part. In a block of the model (shift, scale) = W silu(v) modulate the normed tokens before K and V; K has a
-norm for each head.
+and before the feed-forward part. In a block of the model (shift, scale) = W silu(v) modulate the normed tokens before K
+and V; K has a norm for each head.
 
 Formulas: InstantX/SD3.5-Large-IP-Adapter (`TimeResampler`, `AdaLayerNorm`, `IPAttnProcessor`).
 """

@@ -31,7 +31,7 @@ def check_transformer(model, adapter: DiTAdapter) -> DiTArchitecture:
             f"model is {type(model.model).__name__} ({counts[0]} {kind} and {counts[1]} single blocks, {hidden} wide), "
             f"and {adapter.name} is made for {due.name}",
             f"a model of {due.name} ({blocks} blocks, {adapter.hidden} wide), or one that was trained from it",
-            "Choose the IP-Adapter of this base model. None is published for SD3.5-medium, FLUX.2 and Chroma.",
+            "Choose the IP-Adapter of this base model; SD3.5-medium, FLUX.2 and Chroma are other models.",
         )
     return due
 

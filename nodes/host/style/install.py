@@ -36,6 +36,8 @@ def install(
         layers = project(adapter, chosen, made.keys, scaling, dtype, progress, made.values)
         return StyleAttention(layers, **when).install(model)
     if adapter.kind == INSTANTX_SD3:
+        for _ in chosen:
+            progress()  # there is nothing to make before sampling
         return install_sd3(model, adapter, chosen, made.features, made.fusion == EACH, **when)
     heads = model.model.diffusion_model.num_heads
     layers = project_flux(adapter, chosen, made.keys, made.shares, heads, dtype, progress)
