@@ -189,7 +189,9 @@ def test_all_blocks_and_both_sides(kind, flux, given, plain, inject, tokens, add
 
 
 def test_the_style_blocks_of_splitflux(flux, given, inject, tokens, adds, pictures):
-    made = call(inject(flux, "instantx", "style", 1.5)[0], given)
+    patched, report = inject(flux, "instantx", "style", 1.5)
+    made = call(patched, given)
+    assert "28 of 57 layers" in report and "style at 1.5: single 10-37\n" in report
     add = adds("instantx", [tokens("instantx"), tokens("instantx", pictures("instantx"))], dict.fromkeys(SINGLE[10:], 1.5))
     assert distance(made[3], due(flux, made, add, at="attention")) < BOUND
 

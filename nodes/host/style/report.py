@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ....weights.dit.style_blocks import DiTArchitecture
+from ....weights.ip_adapter.dit_formats import DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
 from ....weights.ip_adapter.keys_values import EACH
 from ....weights.unet.architecture import Architecture, Layer
@@ -11,8 +13,8 @@ from ....weights.unet.presets import AWAY_FROM
 
 
 def injection_report(
-    adapter: Adapter,
-    architecture: Architecture,
+    adapter: Adapter | DiTAdapter,
+    architecture: Architecture | DiTArchitecture,
     preset: str,
     chosen: Mapping[Layer, tuple[float, str]],
     counts: Mapping[str, int],
@@ -40,12 +42,25 @@ def injection_report(
     away = set(AWAY_FROM.values())
     for (weight, whose), names in blocks.items():
         how = f"{whose}, the sides turned round" if whose in away else whose
+        names = _in_ranges(names) if isinstance(architecture, DiTArchitecture) else names
         lines.append(f"  {how} at {weight:.4g}: {', '.join(names)}")
     said = ", ".join(f"{name} {count}" for name, count in counts.items())
     lines.append(f"references: {said}; fusion {fusion}")
     if fusion == EACH and any(count > 1 for count in counts.values()):
         lines.append("  where the batch is longer, the last is used again; where it is shorter, the rest is not used")
     return "\n".join([*lines, *settings, *(f"note: {note}" for note in notes)])
+
+
+def _in_ranges(names: Sequence[str]) -> list[str]:
+    """"single 3", "single 4", "single 5" as "single 3-5"."""
+    runs: list[list] = []
+    for name in names:
+        kind, number = name.rsplit(" ", 1)
+        if runs and runs[-1][0] == kind and runs[-1][2] + 1 == int(number):
+            runs[-1][2] = int(number)
+        else:
+            runs.append([kind, int(number), int(number)])
+    return [f"{kind} {first}-{last}" if first != last else f"{kind} {first}" for kind, first, last in runs]
 
 
 def injection_settings(start: float, end: float, mask, negative, weights: Sequence[float], steps: Sequence[float]):
