@@ -70,7 +70,7 @@ def test_the_host_accepts_it(opened, client):
 
 
 def test_it_is_tidy(opened):
-    """No node lies on another, and none is too small for what is on it."""
+    """No node lies on another or over the edge of a group, and none is too small for what is on it."""
     _, _, front = opened
     nodes = front.nodes()
     small = [n["title"] for n in nodes if n["size"][0] < n["least"][0] - 1 or n["size"][1] < n["least"][1] - 1]
@@ -79,6 +79,14 @@ def test_it_is_tidy(opened):
                 if a["left"] < b["right"] and b["left"] < a["right"]
                 and a["top"] < b["bottom"] and b["top"] < a["bottom"]]
     assert overlaps == []
+    over = []
+    for group in front.graph()["groups"]:
+        left, top, width, height = group["bounding"]
+        right, bottom = left + width, top + height
+        over += [(n["title"], group["title"]) for n in nodes
+                 if n["left"] < right and left < n["right"] and n["top"] < bottom and top < n["bottom"]
+                 and not (left <= n["left"] and n["right"] <= right and top <= n["top"] and n["bottom"] <= bottom)]
+    assert over == []
 
 
 SEEN = """() => Array.from(document.querySelectorAll('[data-testid^="template-workflow-"]'))
