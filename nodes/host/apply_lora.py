@@ -45,8 +45,8 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing
         lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
         if exchanged:
             lines.append(
-                f"{len(exchanged)} of them are on parameters that ComfyUI's own merge passes over, and are exchanged "
-                f"whole: {parameter_names(exchanged)}"
+                f"{len(exchanged)} of them on parameters that ComfyUI's own merge passes over, which this node sets "
+                f"itself: {parameter_names(exchanged)}"
             )
     else:
         done = set()

@@ -82,7 +82,7 @@ class Conversion:
                 if (isinstance(default, str) and not isinstance(value, str)) or (
                     isinstance(default, (int, float)) and not isinstance(default, bool) and not number
                 ):
-                    self._note(f"{_name(node)}: {name} is {value!r}, which is no such value; {default!r} was taken")
+                    self._note(f"{_name(node)}: {name} is {value!r}, which this setting cannot have; {default!r} was taken")
                     node.values[name] = default
 
     # --- what a node is connected to

@@ -106,10 +106,9 @@ class Plan:
     def otherwise(self) -> str:
         """What is done for patches that have no term."""
         return (
-            "weights that are changed at each use, with the branches one after the other"
+            "weights that are changed at each use, with the sides one after the other"
             if self.quantised
-            else "ComfyUI's weight hooks, which run the branches one after the other and patch these weights in every "
-            "step"
+            else "ComfyUI's weight hooks, which run the sides one after the other and patch these weights in every step"
         )
 
     def hook(self, branch: int, source: int, patches: dict) -> None:
