@@ -87,10 +87,10 @@ class EncodeStyleImage(io.ComfyNode):
                     "fit",
                     options=list(FITS),
                     default="crop",
-                    tooltip="The encoder sees squares. crop: one square, in the middle as published, or at position. pad: "
-                    "the whole picture, smaller, with borders that the encoder takes for nothing. tiles: the whole "
-                    "picture as several squares, each of which counts as a reference. tiled: as IPAdapter Plus: four "
-                    "quarters of a nearly square picture, else a row of at most four squares in its middle.",
+                    tooltip="The encoder sees squares. crop: one square, in the middle as published, or at position. "
+                    "pad: the whole picture, smaller, with borders that the encoder takes for nothing. tiles: the "
+                    "whole picture as several squares, each of which counts as a reference. tiled: as in IPAdapter "
+                    "Plus, four quarters of a nearly square picture, else at most four squares in a row.",
                 ),
                 io.Combo.Input(
                     "position",

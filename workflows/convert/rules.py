@@ -334,7 +334,7 @@ class Conversion:
         if last is None:
             raise Left("no region has a picture")
         self._replace(node, last)
-        return f"{len(regions)} of Style Block Injector, one after the other"
+        return f"{len(regions)} Style Block Injectors, one after the other"
 
     def _regions(self, place: Place | None) -> list[Node]:
         node, _ = self._node(place)
