@@ -19,11 +19,11 @@ class Layout:
 
     Attributes:
         kind: `BATCH`: as many rows as the batch has. `EACH`: a multiple of them; what belongs to one row of the batch
-            stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `ONE_MORE`: the batch
-            and one row behind it that belongs to every branch. `ONE_FOR_ALL`: one row that belongs to every branch,
-            and whose output may be repeated for each row of the batch. `CHUNKS`: any multiple of the number of chunks;
-            what belongs to one chunk stands together (frames of a video that are latents of their own). `UNKNOWN`: not
-            even as many rows as the batch has say anything.
+            stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `TWICE`: the batch, or
+            the whole batch two times. `ONE_MORE`: the batch and one row behind it that belongs to every branch.
+            `ONE_FOR_ALL`: one row that belongs to every branch, and whose output may be repeated for each row of the
+            batch. `CHUNKS`: any multiple of the number of chunks; what belongs to one chunk stands together (frames of
+            a video that are latents of their own). `UNKNOWN`: not even as many rows as the batch has say anything.
         axis: On which axis they stand.
     """
 
@@ -31,8 +31,8 @@ class Layout:
     axis: int = 0
 
 
-BATCH, EACH, TILED, CHUNKS, ONE_MORE, ONE_FOR_ALL, UNKNOWN = (
-    Layout(kind) for kind in ("batch", "each", "tiled", "chunks", "one more", "one for all", "unknown")
+BATCH, EACH, TILED, TWICE, CHUNKS, ONE_MORE, ONE_FOR_ALL, UNKNOWN = (
+    Layout(kind) for kind in ("batch", "each", "tiled", "twice", "chunks", "one more", "one for all", "unknown")
 )
 
 
@@ -62,7 +62,7 @@ def spans(order: tuple[int, ...], batch: int, rows: int, layout: Layout = BATCH)
     if len(set(order)) == 1:
         return ((order[0], 0, rows),)
     kind = layout.kind
-    if kind == TILED.kind and rows and rows % batch == 0:
+    if kind == TILED.kind and rows and rows % batch == 0 or kind == TWICE.kind and rows == 2 * batch:
         order = order * (rows // batch)
     elif kind == UNKNOWN.kind or rows % len(order) or not (
         rows == batch or kind == CHUNKS.kind or kind == EACH.kind and rows and rows % batch == 0
