@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..weights.ip_adapter.combine import parse_numbers
 from ..weights.ip_adapter.noise_pictures import KINDS, noise_picture
-from ..weights.ip_adapter.weight_curves import TIMINGS, as_text, weight_curve
+from ..weights.ip_adapter.weight_curves import METHODS, TIMINGS, as_text, complement, cross_fade, weight_curve
 from .host.style.curve import draw_curve
 from .host.style.squares import CROP, POSITIONS, squares
 from .types import CATEGORY_STYLE
@@ -57,6 +57,17 @@ class StyleWeights(io.ComfyNode):
                     tooltip="Only for the timing random.",
                     **later,
                 ),
+                io.Image.Input(
+                    "image", tooltip="Pictures to go through: each gets as many frames as there are weights.", **later
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="Only with image. full batch: one picture after the other. shift batches: each fades into "
+                    "the next. alternate batches: the same, and each picture stays in image_1 or in image_2.",
+                    **later,
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -66,6 +77,11 @@ class StyleWeights(io.ComfyNode):
                 io.String.Output(display_name="reversed", tooltip="The same from the last to the first."),
                 io.Int.Output(display_name="count", tooltip="How many there are, for the batch of the latent."),
                 io.Image.Output(display_name="curve", tooltip="A picture of the weights."),
+                io.Image.Output(display_name="image_1", tooltip="With image: the first picture of each frame."),
+                io.Image.Output(display_name="image_2", tooltip="With image: the second picture of each frame."),
+                io.String.Output(
+                    display_name="weights_2", tooltip="Weights for image_2: they grow where those of image_1 sink."
+                ),
             ],
         )
 
@@ -80,13 +96,22 @@ class StyleWeights(io.ComfyNode):
         add_starting_frames=0,
         add_ending_frames=0,
         seed=0,
+        image=None,
+        method=METHODS[0],
     ) -> io.NodeOutput:
         numbers = parse_numbers(weights, "weights")
+        further = add_starting_frames, add_ending_frames
         made = weight_curve(
-            numbers, timing, frames, start_frame, end_frame, add_starting_frames, add_ending_frames, seed
+            numbers, timing, frames, start_frame, end_frame, *((0, 0) if image is not None else further), seed
         )
+        first = second = None
+        if image is not None:
+            made, *places = cross_fade(made, len(image), method, *further)
+            first, second = (image[place] for place in places)
         curve = draw_curve(made, f"{len(made)} weights, {timing}")
-        return io.NodeOutput(as_text(made), as_text(made[::-1]), len(made), curve)
+        return io.NodeOutput(
+            as_text(made), as_text(made[::-1]), len(made), curve, first, second, as_text(complement(made))
+        )
 
 
 class NoiseNegative(io.ComfyNode):

@@ -108,7 +108,8 @@ class Results:
         if path.is_file():
             for line in path.read_text("utf-8").splitlines():
                 verdict = json.loads(line)
-                enough = verdict["outcome"] != "survived" or verdict["budget"] in (0, budget)
+                met = verdict["budget"] or float("inf")  # a budget of 0: every test that runs the line
+                enough = verdict["outcome"] != "survived" or met >= (budget or float("inf"))
                 if verdict["key"] == keys[verdict["ran_in"]] and enough and verdict["outcome"] != "unjudged":
                     self.known[verdict["id"]] = verdict
 

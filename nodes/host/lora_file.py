@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.utils
 
+from ...weights.lora.diffusers_keys import kohya_names
 from ...weights.lora.files import check_lora
 from ...weights.lora.lora_model import LoRAModel
 from ...weights.lora.made_for import made_for
@@ -13,7 +14,8 @@ from . import folders
 
 
 def load_lora_file(name: str) -> LoRAModel:
-    """The LoRA of a listed file, which remembers its metadata and its name.
+    """The LoRA of a listed file, which remembers its metadata and its name. Names that the host does not look for are
+    put into those that it does.
 
     Raises:
         StyleLoomError: not listed, damaged, or no LoRA.
@@ -23,7 +25,7 @@ def load_lora_file(name: str) -> LoRAModel:
         read_header(path)  # says what is wrong with a damaged file in better words than the library
     tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     check_lora(tensors, name)
-    return LoRAModel(tensors, metadata, name)
+    return LoRAModel(kohya_names(tensors), metadata, name)
 
 
 def said_of_itself(lora: LoRAModel) -> tuple[str, str, str]:

@@ -33,7 +33,7 @@ def seen(prompt):
                                      if isinstance(v, list))]) for entry in prompt.values())  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["advanced", "embeds", "batch", "regions"])
+@pytest.mark.parametrize("case", ["advanced", "embeds", "fade", "regions"])
 def test_the_frontend_reads_it(case, convert, front):
     made = convert(json.loads((FILES / f"editor_{case}.json").read_text(encoding="utf-8")))[0]
     front.open(case, json.dumps(made))

@@ -10,7 +10,8 @@ DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 def test_every_node_has_a_help_page_in_the_side_panel(client, front):
     ours = sorted(name for name, node in client.get("/object_info").items()
                   if node["python_module"] == "custom_nodes.StyleLoom")
-    assert sorted(path.stem for path in DOCS.glob("*.md")) == ours
+    # There are pages that belong to no node as well: test_house.py names them.
+    assert set(ours) <= {path.stem for path in DOCS.glob("*.md")}
     ids = front.add(ours)
     for name, node in zip(ours, ids):
         # Without a page of ours the panel shows the description alone, and no file comes.

@@ -31,7 +31,7 @@ class _Shared:
 
     def __init__(self):
         self.models: dict[str, tuple[object, list, tuple]] = {}
-        self.used = False  # by a test since the weights were looked at
+        self.loaded: set[int] = set()  # ids of the nets that the host has loaded since the weights were looked at
 
     def add(self, name: str, model) -> None:
         self.models[name] = (model, list(model.model.named_modules()), _sums(model))
@@ -57,16 +57,20 @@ def _traces(model, modules) -> list[str]:
     return left
 
 
-def _forget_dead_models() -> None:
-    """Takes those models off the host's list whose MODEL is gone while their weights live on in another one.
+def _clear_dead_models() -> set[int]:
+    """The ids of the nets on the host's list of loaded models, from which those with a dead MODEL are then taken.
 
-    As long as one is on the list, the host collects garbage through the whole process before it loads any model. That
-    is right for a host that runs out of memory, and takes longer than most tests in a process that holds this many.
+    A MODEL that is gone while its net lives on in another one is taken for a leak: as long as it is on the list, the
+    host collects garbage through the whole process before it loads any model. That is right for a host that runs out of
+    memory, and takes longer than most tests in a process that holds this many.
     """
     management = sys.modules.get("comfy.model_management")
-    if management is not None:
-        loaded = management.current_loaded_models
-        loaded[:] = [entry for entry in loaded if not entry.is_dead()]
+    if management is None:
+        return set()
+    entries = management.current_loaded_models
+    nets = {id(entry.real_model()) for entry in entries}
+    entries[:] = [entry for entry in entries if not entry.is_dead()]
+    return nets
 
 
 @pytest.fixture(scope="session")
@@ -77,12 +81,11 @@ def shared_models():
 @pytest.fixture(autouse=True)
 def left_as_they_were(request, shared_models):
     """Fails the test that leaves something on a shared model."""
-    _forget_dead_models()
+    _clear_dead_models()
     yield
-    _forget_dead_models()
+    shared_models.loaded |= _clear_dead_models()
     if SOURCES.isdisjoint(request.fixturenames):
         return
-    shared_models.used = True
     left = {name: _traces(model, modules) for name, (model, modules, _) in shared_models.models.items()}
     left = {name: traces for name, traces in left.items() if traces}
     for name in left:
@@ -94,13 +97,17 @@ def left_as_they_were(request, shared_models):
 def weights_as_they_were(shared_models):
     """The same for the weights, after each file: the host keeps a clone's patches until it loads another clone."""
     yield
-    if shared_models.used:
+    used = [name for name, (model, _, _) in shared_models.models.items() if id(model.model) in shared_models.loaded]
+    shared_models.loaded.clear()
+    if used:
         import comfy.model_management
 
-        shared_models.used = False
         comfy.model_management.unload_all_models()
-        changed = [name for name, (model, modules, sums) in shared_models.models.items()
-                   if _sums(model) != sums or list(model.model.named_modules()) != modules]
+        changed = []
+        for name in used:
+            model, modules, sums = shared_models.models[name]
+            if _sums(model) != sums or list(model.model.named_modules()) != modules:
+                changed.append(name)
         for name in changed:
             del shared_models.models[name]
         assert not changed, "the weights or layers of these shared models changed"

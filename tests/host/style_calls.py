@@ -29,11 +29,11 @@ def plan(unet, parts, weights, cond, uncond, order=(1, 0)):
     return {layer: at(numbers[layer], weight) for layer, weight in weights.items()}
 
 
-def call(model, text, sides=(1, 0), count=1, seed=0, size=SIZE, **options):
+def call(model, text, sides=(1, 0), count=1, seed=0, size=SIZE, sigma=SIGMA, **options):
     """One call of the UNet as the sampler makes it: the sides of guidance in one batch."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 4, size, size, generator=g).repeat(len(sides), 1, 1, 1)
-    sigma = torch.full((len(x),), SIGMA)
+    sigma = torch.full((len(x),), sigma)
     context = torch.cat([text[side].repeat(count, 1, 1) for side in sides])
     extra = {"y": torch.zeros(len(x), model.model.adm_channels)} if model.model.adm_channels else {}
     if type(model.model).__name__ == "SDXL":

@@ -155,6 +155,12 @@ def test_another_clip_for_the_residual(architecture, run_node, encoders):
     refused(encode, "Qwen-Image's text encoder", run_node, encoders, torch.rand(1, 9, 9, 3), clip=[clip])
 
 
+def test_a_qwen_clip_without_its_vision_part(run_node, encoders):
+    clip = run_node("StyleLoomKitModel", architecture="qwen-image", seed=0)[1]
+    del clip.cond_stage_model.qwen25_7b.transformer.visual
+    refused(encode, "it has no vision part", run_node, encoders, torch.rand(1, 9, 9, 3), clip=[clip])
+
+
 def test_predictors_that_do_not_belong_together(run_node, encoders):
     load = lambda name: run_node("StyleLoomLoadPredictor", predictor_name=f"kit/{name}.safetensors")[0]  # noqa: E731
     style, fine, z = load("qwen_image_i2l_style"), load("qwen_image_i2l_fine"), load("z_image_i2l")

@@ -148,3 +148,40 @@ def test_consumers(run_node, adapters, models, encode, remove, texts):
     (unclip,) = run_node("unCLIPConditioning", conditioning=conditioning, clip_vision_output=made, strength=1.0,
                          noise_augmentation=0.0)  # fmt: skip
     assert unclip[0][1]["unclip_conditioning"][0]["clip_vision_output"] is made
+
+
+@pytest.mark.parametrize("neutral", ["other pictures", "an empty picture"])
+def test_the_content_by_a_few_pictures(neutral, encode, remove, vision, run_node):
+    """Without a text encoder: away from the mean direction of pictures of the content, seen from neutral ones."""
+    style, content, other = encode(1), encode(5, count=3), encode(6, count=2)
+    given = {"neutral_pictures": other} if neutral == "other pictures" else {}
+    made, report = run_node("StyleLoomContentSubtract", style=style, content="", method="rejection", strength=0.8,
+                            content_pictures=content, one_sided=False, **given)  # fmt: skip
+    with torch.inference_mode():
+        empty = vision.model(pixel_values=torch.zeros(1, 3, 224, 224), intermediate_output=-2)[2]
+    n = (other.image_embeds if given else empty).double().mean(0)
+    towards = content.image_embeds.double() - n
+    d = (towards / towards.norm(dim=1, keepdim=True)).mean(0)
+    d /= d.norm()
+    z = style.image_embeds.double()
+    assert torch.allclose(made.image_embeds.double(), z - 0.8 * (z @ d) * d, atol=1e-6)
+    assert "without a text encoder" in report and report.count("content picture") == 3
+    assert torch.equal(encode(1).image_embeds, style.image_embeds)
+
+
+def test_pictures_of_the_content_that_do_not_do(encode, run_node, vision, kit):
+    def remove(**more):
+        return run_node("StyleLoomContentSubtract", **({
+            "style": encode(1), "content": "", "method": "rejection", "strength": 1.0} | more))  # fmt: skip
+
+    assert "content_pictures" in refused("content is empty", remove)
+    assert "content_pictures" in refused("clip is not connected", remove, content="a cat")
+    refused("protect has words", remove, content_pictures=encode(5), protect="ink")
+    core = [run_node("CLIPVisionEncode", clip_vision=vision, image=torch.rand(1, 50, 50, 3), crop="center")[0]
+            for _ in range(2)]  # fmt: skip
+    refused("nothing neutral", remove, style=core[0], content_pictures=core[1])
+    assert remove(style=core[0], content_pictures=core[1], gap_correction=False, content="a cat")[1].endswith(
+        "content does not count: content_pictures say what is taken out")  # fmt: skip
+    wide = kit.vision.clip_vision_small(0, projection=40)
+    other = run_node("CLIPVisionEncode", clip_vision=wide, image=torch.rand(1, 50, 50, 3), crop="center")[0]
+    refused("content_pictures was encoded by another encoder", remove, content_pictures=other)

@@ -170,7 +170,7 @@ class Acting:
         forward, rows = ours("weights.row_adapters.forward"), ours("weights.row_adapters.rows")
         low_rank, layers = ours("weights.row_adapters.low_rank"), ours("weights.row_adapters.layers")
         call = forward.ModelCall()
-        call.set_rows((rows.POSITIVE, rows.NEGATIVE), 2, False, {rows.POSITIVE: (0.7,)}, (rows.POSITIVE,))
+        call.set_rows((rows.POSITIVE, rows.NEGATIVE), 2, {rows.POSITIVE: (0.7,)}, (rows.POSITIVE,))
         call.active = True
         up, down = change
         pair = ours("weights.lora.low_rank").LowRank(down, up)
@@ -311,6 +311,12 @@ def test_one_run_inside_another_and_another_packs_function(ours, kit, host, monk
                 assert moved(first) and moved(second)
             assert moved(first) and not moved(second)
         assert ops.linear_input_act is own and not moved(first)
+        one, two = Acting(ours, first, CHANGE), Acting(ours, second, CHANGE)
+        one.__enter__(), two.__enter__()
+        one.__exit__(None, None, None)  # two threads: the one that came first also goes first
+        assert moved(second) and not moved(first)
+        two.__exit__(None, None, None)
+        assert ops.linear_input_act is own
         with pytest.raises(RuntimeError):
             with Acting(ours, first, CHANGE):
                 raise RuntimeError
@@ -370,3 +376,15 @@ def test_the_prefix_cache_is_off_in_a_merge(bench, cached, ours):
     with ours("nodes.host.merge.masked_lora").MaskedLoRA(model, []):
         bench.plain(model, sampling=ONE)
     assert told == [({"device": "off"}, 1)] and model.model_options is before
+
+
+def test_a_probe_of_rows_sees_these_layers_too(ours, down, host):
+    """Models of no known class are run without terms first, to see how their rows stand."""
+    acting, x, seen = Acting(ours, down, CHANGE), numbers(2, 5, 32, seed=5), []
+    acting.call.active = False
+    with torch.inference_mode(), acting:
+        acting.call.seen = lambda name, given: seen.append((name, tuple(given.shape)))
+        made = host.comfy.ops.linear_input_act(down, x, "swiglu")
+        acting.call.seen = None
+        plain = host.comfy.ops.linear_input_act(down, x, "swiglu")
+    assert seen == [("layer", (2, 5, 16))] and float((made - plain).norm() / plain.norm()) < INT8

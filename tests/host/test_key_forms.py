@@ -290,3 +290,24 @@ def module_of(pack, name):
     import importlib
 
     return importlib.import_module(f"{pack.__name__}.{name}")
+
+
+_UNETS, _FLUXES = {"SD1.5, SD2 or SDXL", ""}, {"FLUX.1", "FLUX.2", "FLUX.1 or FLUX.2"}
+# The host gives both FLUX models the names of both, and has some names beside which none is typical.
+FAMILIES = {
+    "z-image": {"Z-Image or Lumina 2"}, "qwen-image": {"Qwen-Image"}, "sdxl": {"SDXL"} | _UNETS,
+    "sd1.5": {"SD1.5 or SD2"} | _UNETS, "flux2": _FLUXES, "Flux": _FLUXES, "HunyuanVideo": {"HunyuanVideo"},
+    "SD3": {"SD3"}, "AuraFlow": {"AuraFlow"}, "PixArt": {"PixArt", "LTX-Video or PixArt"},
+    "HunyuanDiT": {"Hunyuan DiT"}, "HiDream": {"HiDream"}, "WAN21": {"Wan"}, "LTXV": {"LTX-Video"}, "Omnigen2": {""},
+    "Kandinsky5": {""}, "Krea2": {""}, "ErnieImage": {""},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_lora_with_all_names_is_for(name, named, host, pack):
+    """Never another family than that of the model, whatever the spelling; where it is not in the table, none at all."""
+    made_for = module_of(pack, "weights.lora.made_for").made_for
+    model = named(name)
+    names = host.comfy.lora.model_lora_keys_unet(model.model, {})
+    found = {made_for(lora) for lora, _ in rounds(names, model.model.state_dict())}
+    assert found <= FAMILIES[name] and found != {""} or found == FAMILIES[name] == {""}

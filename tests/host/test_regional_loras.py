@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 from shared_models import BOUND, ONE
+from test_asymmetric_models import compiled
+from test_rows_of_a_call import coupled
 
 ARCHITECTURES = ("sd1.5", "sdxl", "z-image", "qwen-image", "flux2")
 SIZES = {"flux2": (4, 6)}  # of the latent; 8 x 12 elsewhere
@@ -161,8 +163,7 @@ class Truth:
                 modules[name].__dict__.pop("forward", None)
 
 
-@pytest.mark.parametrize(("name", "text"), [*((name, "none") for name in ARCHITECTURES), ("sd1.5", "whole"),
-                                            ("flux2", "whole")])
+@pytest.mark.parametrize(("name", "text"), [*((name, "none") for name in ARCHITECTURES), ("flux2", "whole")])
 def test_equals_each_layers_change_times_the_mask(name, text, benches, distance, kit):
     """Two LoRAs of one side, each in its region, in as many calls of the model as without LoRAs."""
     bench = benches(name)
@@ -196,10 +197,9 @@ def test_the_negative_side(bench, distance):
     assert distance(ours, Truth(bench, [(lora, 0.6, mask[0], 0.0)], 1).sample()) < BOUND
 
 
-@pytest.mark.parametrize("name", ("sd1.5", "flux2"))
-def test_masks_that_cover_all_or_nothing(name, benches, distance):
+def test_masks_that_cover_all_or_nothing(benches, distance):
     """All of it, text as well: the LoRA as it is, with its window and keyframes. Nothing of it: the model as it is."""
-    bench = benches(name)
+    bench = benches("flux2")
     lora, other = bench.lora(1), bench.lora(2)
     keyframes = bench.run("CreateHookKeyframe", strength_mult=0.5, start_percent=0.0)[0]
     window = {"start_percent": 0.0, "end_percent": 0.4, "keyframes": keyframes}
@@ -236,6 +236,20 @@ def test_one_mask_for_each_picture(windows, bench, distance):
         assert distance(with_all[number], alone[number]) < BOUND
 
 
+@pytest.mark.parametrize("at_the_end", (False, True))
+def test_rows_that_a_cross_attention_repeats(at_the_end, bench, distance):
+    """Each copy has the mask of the picture that it is a copy of."""
+    model = coupled(bench.model, [bench.prompt("a green field")[0][0]], at_the_end)
+    lora, masks = bench.lora(1), picture_mask(bench, 1, 2)
+
+    def sample(mask):
+        return bench.asymmetric(model, bench.latent(2), positive_lora=stack(bench, lora, mask=mask), sampling=ONE)
+
+    both = sample(masks)
+    for number in range(2):
+        assert distance(both[number], sample(masks[number : number + 1])[number]) < BOUND
+
+
 def test_a_conditioning_of_an_area(bench, distance):
     """It sees its part of the mask."""
     lora, mask = bench.lora(1), picture_mask(bench, 1)
@@ -244,6 +258,16 @@ def test_a_conditioning_of_an_area(bench, distance):
     ours = bench.asymmetric(positive=area, negative=area, positive_lora=stack(bench, lora, mask=mask), sampling=ONE)
     truth = Truth(bench, [(lora, 1.0, mask[0, :, 32:], 0.0)], 0, size=(8, 8))
     assert distance(ours, truth.sample(positive=area, negative=area)) < BOUND
+
+
+def test_a_compiled_block(benches, distance):
+    torch._dynamo.reset()
+    bench = benches("flux2")
+    made = stack(bench, bench.lora(1, contains="single_blocks.1"), mask=picture_mask(bench, 1))
+    model = compiled(bench.fresh(), keys=["diffusion_model.single_blocks.1"])
+    ours = bench.asymmetric(model, positive_lora=made, sampling=ONE)
+    torch._dynamo.reset()
+    assert distance(ours, bench.asymmetric(positive_lora=made, sampling=ONE)) < BOUND
 
 
 # --- a video

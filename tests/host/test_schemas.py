@@ -126,7 +126,8 @@ API = {
     "StyleLoomStyleWeights": (
         "Style Weights",
         [("weights", "STRING", REQUIRED), ("timing", "COMBO", REQUIRED), ("frames", "INT", REQUIRED)],
-        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE")],
+        [("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", "IMAGE"), ("image_1", "IMAGE"),
+         ("image_2", "IMAGE"), ("weights_2", "STRING")],
     ),
     "StyleLoomNoiseNegative": (
         "Noise Negative",
@@ -146,7 +147,7 @@ API = {
     ),
     "StyleLoomContentSubtract": (
         "Content Subtract",
-        [("style", "CLIP_VISION_OUTPUT", REQUIRED), ("clip", "CLIP", REQUIRED), ("content", "STRING", REQUIRED),
+        [("style", "CLIP_VISION_OUTPUT", REQUIRED), ("clip", "CLIP", OPTIONAL), ("content", "STRING", REQUIRED),
          ("method", "COMBO", REQUIRED), ("strength", "FLOAT", REQUIRED), ("protect", "STRING", OPTIONAL),
          ("gap_correction", "BOOLEAN", OPTIONAL), ("one_sided", "BOOLEAN", OPTIONAL),
          ("renormalise", "BOOLEAN", OPTIONAL)],

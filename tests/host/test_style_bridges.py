@@ -100,8 +100,14 @@ def test_precise_types(preset, two, sdxl, node, due, tokens, encode, texts):
 def test_weights_by_frame_and_by_step(sdxl, node, due, tokens, encode, texts, run_node):
     unet, style = sdxl.model.diffusion_model, encode(1)
     s, empty = tokens(style.image_embeds), tokens(None)
-    text, back, count, curve = run_node("StyleLoomStyleWeights", weights="1.2, 0", timing="linear", frames=4)
+    text, back, count, curve, *pictures, _ = run_node("StyleLoomStyleWeights", weights="1.2, 0", timing="linear", frames=4)
     assert (text, back, count) == ("1.2, 0.8, 0.4, 0", "0, 0.4, 0.8, 1.2", 4) and curve.shape[0] == 1
+    assert pictures == [None, None]
+    pictures = torch.rand(2, 4, 4, 3, generator=torch.Generator().manual_seed(2))
+    made = run_node("StyleLoomStyleWeights", weights="1, 0", timing="linear", frames=3, image=pictures,
+                    method="shift batches", add_ending_frames=1)  # fmt: skip
+    assert (made[0], made[2], made[6]) == ("1, 0.5, 0, 0", 4, "0, 0.5, 1, 1")
+    assert torch.equal(made[4], pictures[[0, 0, 0, 1]]) and torch.equal(made[5], pictures[[1, 1, 1, 1]])
     # One reference, a weight for each picture; a fifth picture gets the last weight, 0, again.
     patched, report = node(fusion="one per picture", reference_weights=text, weight=1.5)
     rows = 1.5 * torch.tensor([1.2, 0.8, 0.4, 0, 0], dtype=torch.float64).repeat(2).view(-1, 1, 1)

@@ -15,6 +15,7 @@ DEMOS = {
     "demo_style_only_sdxl": [],
     "demo_style_and_layout_sdxl": [],
     "demo_content_subtract_sdxl": ["method: rejection at strength 1", "cosine to “a puppy”"],
+    "demo_content_by_pictures_sdxl": ["alone, without a text encoder", "cosine to “content picture 2”"],
     "demo_style_lora_blocks_sdxl": ["inside: 80 of 560 layers at 1 (style blocks of SDXL: up_blocks.0.attentions.1)"],
 }
 

@@ -13,7 +13,7 @@ import pytest
 from run_module import ROOT, run
 
 FILES = ROOT / "tests" / "unit" / "workflows_of_ipadapter_plus"
-CASES = ("advanced", "composition", "embeds", "tiled", "batch", "regions", "mad")
+CASES = ("advanced", "composition", "embeds", "tiled", "batch", "fade", "regions", "mad")
 INJECT, ENCODE = "StyleLoomStyleBlockInjector", "StyleLoomEncodeStyleImage"
 
 
@@ -157,6 +157,18 @@ def test_a_list_of_weights(command):
     weights = links["reference_weights"]
     assert graph[weights[0]][1]["timing"] == "ease in-out" and graph[weights[0]][1]["frames"] == 6 and weights[1] == 0
     assert graph[2][2]["batch_size"] == (weights[0], 2)
+
+
+def test_fading_between_pictures(command):
+    data = command.convert(read("editor_fade"))[0]
+    graph = plain(data)
+    first, second = sorted(only(data, INJECT), key=lambda entry: entry[2]["model"])
+    ((weights, _),) = [(key, entry) for key, entry in graph.items() if entry[0] == "StyleLoomStyleWeights"]
+    assert graph[weights][1]["method"] == "alternate batches" and graph[weights][2]["image"] == (9, 0)
+    for entry, picture, list_ in ((first, 4, 0), (second, 5, 6)):
+        assert entry[2]["reference_weights"] == (weights, list_) and entry[1]["fusion"] == "one per picture"
+        assert graph[entry[2]["style.style0"][0]][2]["image"] == (weights, picture)
+    assert graph[2][2]["batch_size"] == (weights, 2)
 
 
 def test_regions(command):

@@ -210,8 +210,8 @@ def test_one_mask_for_each_picture_or_for_all():
 def test_the_rows_of_one_side():
     masks = torch.rand(2, 4, 4)
     seen = scene(4, 4, views=(View(0), View(1), View(0), View(1)), pictures=2)
-    found = places(Region("it", (masks,)), seen).strengths("layer", POSITIVE, 2, 2, torch.zeros(4, 16, 2), (1.0, 0.0))
-    assert torch.equal(found[0].where.flatten(1), masks.flatten(1))
+    found = places(Region("it", (masks,)), seen).strengths("layer", POSITIVE, 1, 2, torch.zeros(4, 16, 2), (1.0, 0.0))
+    assert torch.equal(found[0].where.flatten(1), masks[[1, 0]].flatten(1))
 
 
 def test_an_area_sees_its_part_of_the_mask():
@@ -280,7 +280,7 @@ def test_each_side_has_its_own_region_and_strengths_that_change():
     layers.put_in()
     call.active = True
     for strengths in ((0.7, 0.2), (0.0, -1.0), (0.7, 0.2)):
-        call.set_rows((NEGATIVE, POSITIVE), 4, False, {POSITIVE: strengths[:1], NEGATIVE: strengths[1:]},
+        call.set_rows((NEGATIVE, POSITIVE), 4, {POSITIVE: strengths[:1], NEGATIVE: strengths[1:]},
                       (POSITIVE, NEGATIVE))  # fmt: skip
         due = plain.clone()
         for rows, side, strength, mask in ((slice(2, 4), POSITIVE, strengths[0], masks[0]),

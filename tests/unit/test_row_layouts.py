@@ -218,3 +218,13 @@ def test_only_floating_rows_of_the_batch_are_changed():
     made = changed([ids, other, half, "word", 3.0], order, 4, POSITIVE)
     assert torch.equal(made[0], ids) and torch.equal(made[1], other) and made[3:] == ["word", 3.0]
     assert torch.equal(made[2][:2], half[:2]) and not (made[2][2:] == half[2:]).any()
+
+
+def test_a_batch_that_may_stand_twice_stands_so_and_no_other_way():
+    """Reference pictures in the time embedding double the rows; twelve times as many are another node's doing, and say
+    nothing of whose they are."""
+    assert spans((0, 1), 2, 4, TWICE) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    assert spans((0, 1), 2, 2, TWICE) == ((0, 0, 1), (1, 1, 1))
+    for rows in (1, 3, 6, 24):
+        with pytest.raises(UnknownRows):
+            spans((0, 1), 2, rows, TWICE)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from styleloom.weights.errors import StyleLoomError
 from styleloom.weights.ip_adapter.encodings import Encoding, load_encoding, save_encoding
 from styleloom.weights.ip_adapter.noise_pictures import KINDS, SIDE, gaussian_blur, noise_picture
-from styleloom.weights.ip_adapter.weight_curves import TIMINGS, as_text, weight_curve
+from styleloom.weights.ip_adapter.weight_curves import TIMINGS, as_text, complement, cross_fade, weight_curve
 from styleloom.weights.tensor_file import read_header, write_tensor_file
 
 
@@ -171,3 +171,41 @@ def test_further_frames_and_key_frames():
     for numbers, options in (([], {}), ([1, 0], {"start": 5, "end": 5}), ([1, 0], {"start": 9})):
         with pytest.raises(StyleLoomError, match="weights is empty|start_frame is"):
             weight_curve(numbers, "linear", 8, **options)
+
+
+def published_fade(weights, n, method):
+    """The other pack's repeating and slicing of lists, on the numbers of the pictures."""
+    def each(items, times):
+        return [item for item in items for _ in range(times)]
+
+    images = list(range(n))
+    if method == "shift batches":
+        first, second, made = images[:-1], images[1:], weights * (n - 1)
+    else:
+        first, second = each(images[::2], 2)[1:], each(images[1::2], 2)
+        made = (weights + [max(weights) - (w - min(weights)) for w in weights]) * (len(first) // 2)
+        if n % 2:
+            first = first[:-1]
+        else:
+            second, made = second[:-1], made + weights
+    return made, each(first, len(weights)), each(second, len(weights))
+
+
+@pytest.mark.parametrize("method", ["shift batches", "alternate batches"])
+@pytest.mark.parametrize("pictures", [2, 3, 4, 5, 6])
+def test_fading_from_picture_to_picture(method, pictures):
+    weights = weight_curve([1.0, 0.2], "ease in", 4)
+    made, first, second = cross_fade(weights, pictures, method)
+    assert (made, first, second) == published_fade(weights, pictures, method)
+    other = complement(made)
+    assert all(a + b == pytest.approx(1.2) for a, b in zip(made, other))
+    # Where a passage ends and the next begins, the picture that is seen stays the one that is seen.
+    loud = [a if w > 0.6 else b for w, a, b in zip(made, first, second)]
+    assert loud == sorted(loud) and set(loud) == set(range(pictures))
+
+
+def test_pictures_without_fading():
+    assert cross_fade([1, 0], 2, "full batch", 1, 2) == ([1, 1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1])
+    assert cross_fade([1, 0], 3, "shift batches", 1, 1) == ([1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 2], [0, 1, 1, 2, 2, 2])
+    with pytest.raises(StyleLoomError, match="image has 1 pictures"):
+        cross_fade([1, 0], 1, "shift batches")

@@ -187,3 +187,42 @@ def test_sdxl_blocks_are_the_same_for_both_packs():
     assert SDXL.other_style == SDXL.style == {("output", 1): 1.0}
     assert SDXL.other_layout == SDXL.layout == {("input", 8): 1.0}
     assert SD15.other_style != SD15.style
+
+
+def test_keys_and_values_are_kept_by_content(monkeypatch):
+    """Another weight or layer, or the same picture again, reads only matrices that have not been read; the numbers are
+    those of an adapter that has kept nothing."""
+    from styleloom.weights.ip_adapter import keys_values
+
+    read, product = [], keys_values._product
+    monkeypatch.setattr(keys_values, "_product", lambda t, m: read.append(m) or product(t, m))
+    a, layers = adapter(), [("output", 3, 0), ("output", 4, 0)]
+    tokens = torch.randn(2, 1, 3, 10, generator=torch.Generator().manual_seed(3))
+
+    def made(of, weight, layers, tokens=tokens):
+        return project(of, {layer: (weight, "style") for layer in layers}, {"style": tokens}, dtype=torch.float32)
+
+    first = made(a, 0.5, layers[:1])
+    assert len(read) == 2
+    second = made(a, -2.0, layers, tokens.clone())
+    assert len(read) == 4
+    assert torch.equal(first[layers[0]].v * -4, second[layers[0]].v), "what is kept has no weight in it"
+    fresh = made(adapter(), -2.0, layers)
+    assert len(read) == 8 and all(torch.equal(x, y) for n in layers for x, y in zip(second[n], fresh[n]))
+    other = made(a, -2.0, layers, tokens + 1)
+    assert len(read) == 12 and not torch.equal(other[layers[0]].k, second[layers[0]].k)
+    monkeypatch.setattr(keys_values, "_KEPT_BYTES", 0)
+    made(a, 1.0, layers, tokens + 2)
+    assert len(keys_values._by_adapter[a]) == 1, "what is kept is bounded"
+    made(a, 1.0, layers)
+    assert len(read) == 20
+
+
+def test_a_matrix_in_pieces_is_the_whole_matrix():
+    from styleloom.weights.ip_adapter.keys_values import _product
+
+    g = torch.Generator().manual_seed(0)
+    tokens, matrix = torch.randn(2, 3, 4, 10, generator=g), torch.randn(300, 10, generator=g).half()
+    due = tokens.double() @ matrix.double().T
+    size = float(tokens.abs().max() * matrix.float().abs().max()) * 10
+    assert float((_product(tokens, matrix).double() - due).abs().max()) <= 12 * torch.finfo(torch.float32).eps * size

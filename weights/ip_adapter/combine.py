@@ -1,8 +1,8 @@
 """Several references made into one before they are projected, and a weight for each of them.
 
 The ways of combining are those of cubiq/ComfyUI_IPAdapter_plus (`combine_embeds`), with one difference: its "norm
-average" divides by a norm taken over the references, so that every number of the result is near plus or minus one
-whatever the pictures. Here the norm is that of each vector, and the result has their mean length.
+average" divides by a norm taken over the references, so that every number of the result is between minus one and
+one however long the vectors are. Here the norm is that of each vector, and the result has their mean length.
 """
 
 from __future__ import annotations

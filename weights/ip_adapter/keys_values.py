@@ -1,8 +1,16 @@
-"""Image tokens do not change while sampling, so their keys and values are made once, for the layers in use."""
+"""Image tokens do not change while sampling, so their keys and values are made once, for the layers in use.
+
+All pictures of a layer and both sides go through its two matrices in one product, so each matrix is read once. What
+came out is kept by adapter and by the tokens' own numbers: another weight, schedule, mask or preset, or the same
+picture again in another node, reads only what has not been read yet.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -24,6 +32,10 @@ V_ONLY, K_AND_V = "V", "K+V"
 K_AND_V_BY_WIDTH, K_AND_MEAN_BY_WIDTH = "K+V, by width", "K+mean(V), by width"
 SCALINGS = (V_ONLY, K_AND_V, K_AND_V_BY_WIDTH, K_AND_MEAN_BY_WIDTH)
 _FULL_WIDTH = 1280  # of the widest layers, for the scalings by width
+
+
+_ROWS = 128  # of a matrix at a time: 2048 columns of them are a megabyte in fp32
+_KEPT_BYTES = 96 * 2**20  # of keys and values of one adapter
 
 
 class KeysValues(NamedTuple):
@@ -170,20 +182,23 @@ def project(
         values: what V is made of, by picture, where it is not the same tokens: from `weighted`.
 
     Returns:
-        Layer → keys and values on the CPU.
+        Layer → keys and values on the CPU. They are the same whether kept or made.
 
     Raises:
         StyleLoomError: NaN or infinity, in the file or by rounding.
     """
     numbers = adapter.architecture.file_numbers
+    kept = {("k", whose): _kept(adapter, made) for whose, made in tokens.items()}
+    kept |= {("v", whose): _kept(adapter, made) for whose, made in (values or tokens).items()}
 
     def one(layer: Layer) -> KeysValues:
         weight, whose = chosen[layer]
-        sources, made = {"k": tokens[whose], "v": (values or tokens)[whose]}, []
+        made = []
         for name, matrix in zip("kv", adapter.layers[numbers[layer]]):
-            source = sources[name]
-            result = _scaled(F.linear(source, matrix.to(source.device, torch.float32)), name, weight, scaling)
-            result = result.to("cpu", dtype)
+            source, known = (tokens if name == "k" else values or tokens)[whose], kept[name, whose]
+            if (name, layer) not in known:
+                known[name, layer] = _product(source, matrix).cpu()
+            result = _scaled(known[name, layer], name, weight, scaling).to(dtype)
             if not bool(result.isfinite().all()):
                 raise StyleLoomError(
                     f"{adapter.name}: {numbers[layer]}.to_{name}_ip.weight gives values that are not finite in "
@@ -202,3 +217,29 @@ def project(
             done[layer] = result
             on_layer()
     return done
+
+
+def _product(tokens: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """tokens · matrixᵀ in fp32. On a processor the matrix is cast a piece at a time: a whole one in fp32 would be
+    written to memory and read again."""
+    if tokens.device.type != "cpu" or matrix.dtype == torch.float32:
+        return F.linear(tokens, matrix.to(tokens.device, torch.float32))
+    return torch.cat([F.linear(tokens, rows.float()) for rows in matrix.split(_ROWS)], dim=-1)
+
+
+_by_adapter: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _kept(adapter: Adapter, tokens: torch.Tensor) -> dict[tuple[str, Layer], torch.Tensor]:
+    """("k" or "v", layer) → what the layer makes of these tokens in fp32, without a weight, as long as the adapter is
+    loaded; to be filled."""
+    content = tokens.detach().cpu().contiguous()
+    mark = (tuple(content.shape), hashlib.sha256(content.numpy().tobytes()).digest(), tokens.device.type)
+    of_adapter: OrderedDict = _by_adapter.setdefault(adapter, OrderedDict())
+    found = of_adapter.setdefault(mark, {})
+    of_adapter.move_to_end(mark)
+    sizes = [sum(t.nbytes for t in layers.values()) for layers in of_adapter.values()]
+    while len(of_adapter) > 1 and sum(sizes) > _KEPT_BYTES:
+        of_adapter.popitem(last=False)
+        sizes.pop(0)
+    return found

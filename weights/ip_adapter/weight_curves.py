@@ -74,6 +74,53 @@ def weight_curve(
     return [made[0]] * before + made + [made[-1]] * after
 
 
+FULL, SHIFT, ALTERNATE = "full batch", "shift batches", "alternate batches"
+METHODS = (FULL, SHIFT, ALTERNATE)
+
+
+def cross_fade(
+    weights: Sequence[float], pictures: int, method: str, before: int = 0, after: int = 0
+) -> tuple[list[float], list[int], list[int]]:
+    """Weights of a whole animation through several pictures, and which two pictures each frame has.
+
+    Args:
+        weights: of one passage from a picture to the next. before, after: further frames, with the first and the last
+            picture.
+        method: full batch: each picture for one passage, no second one. shift batches: picture i fades into i + 1.
+            alternate batches: the pictures of even place stay with the first and those of odd place with the second,
+            so that each picture is in one place; every other passage is turned upside down.
+
+    Returns:
+        (weights of the first picture, places of the first picture, places of the second), each one a frame.
+
+    Raises:
+        StyleLoomError: fewer than two pictures to fade between.
+    """
+    if method != FULL and pictures < 2:
+        raise StyleLoomError(
+            f"method is {method}, and image has {pictures} pictures",
+            "two pictures or more to fade between",
+            "Connect a batch of pictures, or choose the method full batch.",
+        )
+    low, high = min(weights), max(weights)
+    made, first, second = [], [], []
+    for i in range(pictures if method == FULL else pictures - 1):
+        turned = method == ALTERNATE and i % 2 == 1
+        made += [high - (w - low) for w in weights] if turned else weights
+        first += [i + 1 if turned else i] * len(weights)
+        second += [i if turned else i + 1] * len(weights)
+    if method == FULL:
+        second = list(first)
+    last = pictures - 1
+    made = [made[0]] * before + made + [made[-1]] * after
+    return made, [0] * before + first + [last] * after, [0] * before + second + [last] * after
+
+
+def complement(weights: Sequence[float]) -> list[float]:
+    """Of the second picture: the largest and the smallest weight together, minus each."""
+    return [min(weights) + max(weights) - w for w in weights]
+
+
 def _at(numbers: Sequence[float], timing: str, u: float) -> float:
     last = len(numbers) - 1
     if last == 0:

@@ -56,10 +56,12 @@ class RegionalLowRank(LowRankTerm):
 
     def _shares(self, strengths: tuple, y: torch.Tensor) -> torch.Tensor | None:
         """(1 or rows, tokens…, ranks), made once for all layers whose ranks and places are the same."""
-        kept = strengths.kept if isinstance(strengths, Here) else {}
-        if self.columns not in kept:
-            kept[self.columns] = self._make_shares(strengths, y)
-        return kept[self.columns]
+        if not isinstance(strengths, Here):
+            return self._make_shares(strengths, y)
+        if self.columns not in strengths.kept:
+            with strengths.keeping():
+                strengths.kept[self.columns] = self._make_shares(strengths, y)
+        return strengths.kept[self.columns]
 
     def _make_shares(self, strengths: tuple, y: torch.Tensor) -> torch.Tensor | None:
         if not any(isinstance(strengths[source], Placed) or strengths[source] for source in self.sources):

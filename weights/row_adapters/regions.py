@@ -7,7 +7,9 @@ region's `elsewhere`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +85,11 @@ class Here(tuple):
 
     Attributes:
         kept: What terms make of them, for the layers that have the same.
+        keeping: A context in which to make that.
     """
 
     kept: dict
+    keeping: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 def _resized(mask: torch.Tensor, region: Region, scene: Scene) -> torch.Tensor:
@@ -162,6 +166,7 @@ class Places:
         regions: Branch → one entry for each source: its region or None.
         scene: What the calls show.
         maps: Shared by the scenes of a run.
+        keeping: A context in which tensors are made that live on from call to call.
     """
 
     def __init__(
@@ -171,9 +176,10 @@ class Places:
         regions: Mapping[int, Sequence[Region | None]],
         scene: Scene,
         maps: Maps,
+        keeping: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
         self._tokens, self._layers, self._regions = tokens, layers, regions
-        self._scene, self._maps = scene, maps
+        self._scene, self._maps, self._keeping = scene, maps, keeping
         self._where: dict = {}
         self._made: dict = {}
 
@@ -209,7 +215,8 @@ class Places:
         if made is None or made[0] != plain:
             if len(self._made) > _KEPT:
                 self._made.clear()
-            made = self._made[key] = (plain, self._here(name, key, plain))
+            with self._keeping():
+                made = self._made[key] = (plain, self._here(name, key, plain))
         return made[1]
 
     def _here(self, name: str, key: tuple, plain: tuple) -> Here:
@@ -226,7 +233,7 @@ class Places:
             where = self._where[whole]
             here.append(Placed(strength, where if len(where) == 1 else where.narrow(0, first, rows)))
         made = Here(here)
-        made.kept = {}
+        made.kept, made.keeping = {}, self._keeping
         return made
 
     def _shares(self, name: str, region: Region, stream: str, shape: tuple[int, ...], rows) -> torch.Tensor:

@@ -68,7 +68,7 @@ SHAPES = {
     ),
     WEIGHTS: Shape(
         "Style Weights",
-        (),
+        (("image", IMAGE, True),),
         (
             ("weights", "STRING", "1.0, 0.0"),
             ("timing", "COMBO", "linear"),
@@ -78,8 +78,12 @@ SHAPES = {
             ("add_starting_frames", "INT", 0),
             ("add_ending_frames", "INT", 0),
             ("seed", "INT", 0),
+            ("method", "COMBO", "full batch"),
         ),
-        (("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", IMAGE)),
+        (
+            *(("weights", "STRING"), ("reversed", "STRING"), ("count", "INT"), ("curve", IMAGE)),
+            *(("image_1", IMAGE), ("image_2", IMAGE), ("weights_2", "STRING")),
+        ),
     ),
     SAVE: Shape("Save Style Encoding", (("encoded", VISION, False),), (("filename_prefix", "STRING", "style"),), ()),
     OPEN: Shape("Load Style Encoding", (), (("encoding_name", "COMBO", ""),), (("encoded", VISION),)),

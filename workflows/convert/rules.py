@@ -162,7 +162,7 @@ class Conversion:
         if given["preset"] not in theirs.WITHOUT_MIDDLE and not given["block_weights"]:
             self._note(
                 "the middle block sees the picture where the weight type means it to; in IPAdapter Plus it never does. "
-                "For the same as there: preset custom, with the middle at 0"
+                "For the same as there: preset custom, with every block but the middle"
             )
         return self.graph.add(ours.INJECT, given, sockets, near, title=near.title)
 
@@ -196,7 +196,8 @@ class Conversion:
         values["boost"] = values["weight"]
         source, slot = self._node(node.links.get("weight"))
         if source is not None and source.type == "IPAdapterWeights":
-            links["reference_weights"] = (self._weights(source).id, {0: 0, 1: 1}[slot])
+            second = 1 if source.values["method"] == "full batch" else 6  # while fading, what the first leaves
+            links["reference_weights"] = (self._weights(source).id, second if slot == 1 else 0)
             values |= {"weight": 1.0, "boost": 1.0}
         elif source is not None:
             links |= {"weight": node.links["weight"], "boost": node.links["weight"]}
@@ -204,15 +205,16 @@ class Conversion:
             values.pop("boost"), links.pop("boost", None)
 
     def _weights(self, node: Node) -> Node:
-        if node.links.get("image") is not None or node.values["method"] != "full batch":
-            raise Left(f"its weights come from {_name(node)}, which repeats pictures: give it weights only")
+        if node.values["method"] not in theirs.METHODS:
+            raise Left(f"its weights come from {_name(node)}, whose method {node.values['method']!r} is not known")
 
         def make() -> Node:
-            v = {key: node.values[key] for key in theirs.NAMES["IPAdapterWeights"] if key not in ("method", "timing")}
+            v = {key: node.values[key] for key in theirs.NAMES["IPAdapterWeights"] if key != "timing"}
             v |= {"timing": theirs.TIMINGS.get(node.values["timing"], "linear"), "seed": 0}
-            named = {key: place for key, place in node.links.items() if key in v}
+            named = {key: place for key, place in node.links.items() if key in (*v, "image")}
             made = self.graph.add(ours.WEIGHTS, v, named, node)
-            self.graph.rewire((node.id, 2), (made.id, 2))
+            for slot, mine in ((2, 2), (3, 4), (4, 5)):
+                self.graph.rewire((node.id, slot), (made.id, mine))
             self._dropped.add(node.id)
             return made
 
@@ -245,6 +247,9 @@ class Conversion:
 
     def _apply(self, node: Node) -> str:
         adapter, clip = self._adapter(node)
+        weights, _ = self._node(node.links.get("weight"))
+        if weights is not None and weights.type == "IPAdapterWeights":
+            self._weights(weights)  # its pictures come from ours from here on
         each = "one per picture" if node.type.endswith("Batch") else None
         values, links = self._common(node, each)
         v, kind = node.values, node.type.removesuffix("Batch")

@@ -92,6 +92,7 @@ SCALINGS = {
 COMBINES = ("concat", "add", "subtract", "average", "norm average", "max", "min")
 TIMINGS = {"custom": "custom", "linear": "linear", "ease_in_out": "ease in-out", "ease_in": "ease in",
            "ease_out": "ease out", "random": "random"}  # fmt: skip
+METHODS = ("full batch", "shift batches", "alternate batches")
 CROPS = {"center": ("crop", "middle"), "pad": ("pad", "middle")} | {
     place: ("crop", place) for place in ("top", "bottom", "left", "right")
 }

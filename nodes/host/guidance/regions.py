@@ -15,6 +15,7 @@ from ....weights.row_adapters.terms import Term
 from ....weights.token_tables import Tokens, tokens_of
 from ..areas import areas_of, frames_of, pictures_of
 from ..batch_rows import Rows
+from ..row_terms import outside_memory_graph
 
 _LATENT = "styleloom_latent"  # in transformer_options: the latent's axes, and uuid -> area of the conditionings
 _KEPT = 16  # kinds of calls that are remembered
@@ -107,7 +108,7 @@ class PlannedRegions:
         return made
 
     def places(self, scene: Scene, maps: Maps) -> Places:
-        return Places(self._tokens, self._layers, self.regions, scene, maps)
+        return Places(self._tokens, self._layers, self.regions, scene, maps, outside_memory_graph)
 
     @property
     def tokens(self) -> Tokens:
@@ -175,8 +176,8 @@ class RegionalRun:
         shown = {axes if area is None else area[: len(own)] for area in found}
         if shown != {own} or len(own) not in (2, 3) or not rows.plain:
             raise StyleLoomError(
-                f"the model is shown {' x '.join(map(str, own))} of a latent of "
-                f"{' x '.join(map(str, axes)) if axes else 'unknown size'}, by another node",
+                f"another node shows the model {x.shape[0]} rows of {' x '.join(map(str, own))} of a latent of "
+                f"{' x '.join(map(str, axes)) if axes else 'unknown size'}",
                 "the whole latent, or the area of a conditioning, so that a LoRA's mask can be laid over it",
                 "Leave out the node that cuts the latent into tiles or changes its size, or leave mask unconnected.",
             )

@@ -8,32 +8,31 @@ on, and then hands the UNet a copy of the options in which the chosen layers hav
 * a ControlNet, which runs before, and every layer that is not chosen are left as they are;
 * switched off by the schedule, nothing is there.
 
-Which rows of a batch are the negative side is decided in `batch_rows.py`.
+A compiled UNet does not look at its options again; for one see `compiled.py`. Which rows of a batch are the negative
+side is decided in `batch_rows.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
-from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
-from ..areas import pictures_of
-from ..batch_rows import Rows, noting, rows_of
+from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
-from ..repeated_rows import KEY as REPEATED
 from ..repeated_rows import tracing
-from .mask_grid import MaskGrid, areas_of, nearest
+from .call import Call, known
+from .compiled import forwards, is_compiled
+from .mask_grid import MaskGrid, nearest, note_areas
+from .replacement import Replacement
 from .step_weights import StepWeights
 
 _KEY = "styleloom_style"
-_AREAS = "styleloom_areas"
 _KEPT = 8  # arrangements of rows that a layer remembers; sliding windows over frames make ever new ones
 
 
@@ -100,28 +99,30 @@ class StyleAttention:
         sees, for the mask."""
         model_options = noting(x_in, model_options)
         if self.mask is not None:
-            model_options["transformer_options"][_AREAS] = areas_of(conds, tuple(x_in.shape[2:]))
+            note_areas(model_options["transformer_options"], conds, tuple(x_in.shape[2:]))
         return executor(model, conds, x_in, timestep, model_options)
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs
     ):
         """Around one call of the UNet."""
-        options = transformer_options
-        if self._is_on(executor.class_obj, t):
-            replace = options.get("patches_replace", {})
-            attn2 = dict(replace.get("attn2", {}))
-            rows = rows_of(
-                self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs}
-            )
-            options = tracing(options, executor.class_obj.diffusion_model)
-            call = _Call(self, options, len(x), _known(rows, len(x), options))
-            if self.steps is not None:
-                call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
-            for layer in self.layers:
-                before = attn2.get(layer) or attn2.get(layer[:2])
-                attn2[layer] = _Replacement(call, layer, before)
-            options = {**options, "patches_replace": {**replace, "attn2": attn2}}
+        options, unet = transformer_options, executor.class_obj.diffusion_model
+        if not self._is_on(executor.class_obj, t):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        rows = rows_of(self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs})
+        call = Call(self, options, x, known(rows, len(x), options))
+        if self.steps is not None:
+            call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
+        if is_compiled(unet, options):
+            with forwards(call, unet, self.layers, options, x):
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        options = tracing(options, unet)
+        replace = options.get("patches_replace", {})
+        attn2 = dict(replace.get("attn2", {}))
+        for layer in self.layers:
+            before = attn2.get(layer) or attn2.get(layer[:2])
+            attn2[layer] = Replacement(call, layer, before)
+        options = {**options, "patches_replace": {**replace, "attn2": attn2}}
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def tell(self, name: str, count: int, total: int) -> None:
@@ -144,7 +145,7 @@ class StyleAttention:
     # --- keys and values by rows
 
     def rows(self, layer: Layer, sides: tuple[int, ...], frames: tuple[int, ...], device, dtype) -> KeysValues:
-        """Keys and values for the rows of a batch, made once for each arrangement.
+        """Keys and values for the rows of a batch, made once for each arrangement; dtype None leaves them as they are.
 
         Returns:
             (sides, tokens, width) where all pictures share their tokens, else (sides × frames, tokens, width).
@@ -162,114 +163,6 @@ class StyleAttention:
         if self.pictures > 1:
             t = t[:, list(nearest(frames, self.pictures))]
         return t[list(sides)].flatten(0, 1)
-
-
-class _Call:
-    """What all layers of one call of the UNet have in common, worked out once."""
-
-    def __init__(self, style: StyleAttention, options: Mapping, count: int, rows: Rows):
-        self.style, self.count = style, count
-        chunks = options.get("cond_or_uncond") or [0]
-        uuids = options.get("uuids") or [None] * len(chunks)
-        self.sides = rows.sides
-        self.frames, total = pictures_of(options, count // len(self.sides))
-        self.areas = tuple((options.get(_AREAS) or {}).get(uuids[chunk]) for chunk in rows.chunks)
-        self.factor = 1.0
-        if not rows.plain:
-            self._needs_plain("Another node lays tiles of the picture into one batch")
-        for name, count in (("style", style.pictures), ("mask", style.mask.pictures if style.mask else 1)):
-            if count not in (1, total):
-                style.tell(name, count, total)
-
-    def image(self, layer: Layer, q: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        """Attention over the image tokens, (rows, n, width), weight and mask applied."""
-        sides, frames = self.sides, self.frames
-        if q.shape[0] != self.count:
-            sides, frames = self._repeated(q.shape[0], extra_options), (0,)
-        k, v = self.style.rows(layer, sides, frames, q.device, q.dtype)
-        # Pictures that share their tokens are one long row of queries: nothing is repeated for them.
-        out = optimized_attention(
-            q.reshape(len(k), -1, q.shape[2]),
-            k,
-            v,
-            extra_options["n_heads"],
-            attn_precision=extra_options.get("attn_precision"),
-            transformer_options=extra_options,
-        ).reshape(q.shape)
-        if self.factor != 1.0:
-            out = out * self.factor
-        if self.style.mask is not None:
-            out = out * self.style.mask.rows(q, extra_options, self.areas, self.frames)
-        return out
-
-    def _repeated(self, rows: int, extra_options: Mapping) -> tuple[int, ...]:
-        """The side of each row of a layer whose rows another node's patch repeats."""
-        places = extra_options.get(REPEATED) or ()
-        if len(places) != rows:
-            raise _unknown(rows, self.count, extra_options)
-        self._needs_plain("Another node gives each region of the picture rows of its own (Attention Couple)")
-        return tuple(self.sides[place * len(self.sides) // self.count] for place in places)
-
-    def _needs_plain(self, found: str) -> None:
-        """The rows are not the latents alone: which picture or part of it each is cannot be told."""
-        if self.style.mask is not None or self.style.pictures > 1:
-            raise StyleLoomError(
-                f"{found}, and Style Block Injector has "
-                + ("a mask" if self.style.mask is not None else "one style per picture"),
-                "rows of which it is known what they show",
-                "Leave mask of Style Block Injector unconnected and choose the fusion concat or average, or leave the "
-                "other node out.",
-            )
-
-
-def _unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
-    count = len(options.get("cond_or_uncond") or [0])
-    return StyleLoomError(
-        f"a layer has {rows} rows, in a batch of {batch}, for {count} conditionings",
-        "rows of which it is known whether they are the positive or the negative side",
-        "Another node changes the batch (tiles, regional prompts) in a way that does not show whose each row is: give "
-        "the two sides different prompts, or leave that node out.",
-    )
-
-
-def _known(rows: Rows | None, count: int, options: Mapping) -> Rows:
-    if rows is None:
-        raise _unknown(count, count, options)
-    return rows
-
-
-class _Replacement:
-    """One layer's replacement: what was there, plus the picture.
-
-    `add` lets packs that expect to stack on their own kind of replacement stack on this one.
-    """
-
-    def __init__(self, call: _Call, layer: Layer, before: Callable | None):
-        self.call, self.layer, self.before = call, layer, before
-        self.added: tuple[tuple[Callable, dict], ...] = ()
-
-    def add(self, callback: Callable, **kwargs) -> None:
-        self.added += ((callback, kwargs),)
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        if self.before is not None:
-            out = self.before(q, k, v, extra_options) + self.call.image(self.layer, q, extra_options)
-        else:
-            out = optimized_attention(
-                q,
-                k,
-                v,
-                extra_options["n_heads"],
-                attn_precision=extra_options.get("attn_precision"),
-                transformer_options=extra_options,
-            )
-            image = self.call.image(self.layer, q, extra_options)
-            # What our own call gave is nobody else's; an override may give what it keeps.
-            fresh = not torch.is_grad_enabled() and "optimized_attention_override" not in extra_options
-            out = out.add_(image) if fresh else out + image
-        for callback, kwargs in self.added:
-            out = out + callback(out, q, k, v, extra_options, **kwargs)
-        return out
 
 
 def _repeat_last(t: torch.Tensor, count: int) -> torch.Tensor:

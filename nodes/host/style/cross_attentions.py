@@ -51,8 +51,8 @@ def check_fit(model, adapter: Adapter) -> Architecture:
         )
     if architecture is SDXL and _is_kolors(unet) != adapter.is_for_kolors:
         raise StyleLoomError(
-            f"model is {'Kolors' if _is_kolors(unet) else 'SDXL'}, and {adapter.name} is made for {adapter.model}: both "
-            "have one UNet, trained with different text encoders",
+            f"model is {'Kolors' if _is_kolors(unet) else 'SDXL'}, and {adapter.name} is made for {adapter.model}: "
+            "both have one UNet, trained with different text encoders",
             f"a model of {adapter.model}",
             "Choose the IP-Adapter of this base model.",
         )

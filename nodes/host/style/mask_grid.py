@@ -13,17 +13,41 @@ from .. import areas
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
 
+_AREAS, _LATENT = "styleloom_areas", "styleloom_latent"
+
+
 def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
     """Which of `count` pictures each frame gets: its own, or the last where there are fewer pictures than frames."""
     return tuple(min(frame, count - 1) for frame in frames)
 
 
-def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict:
-    """uuid → area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts.
+def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
+    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid → area, cut
+    to the latent as the host cuts.
 
     Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
     """
-    return {uuid: (*area, *shape) for uuid, area in areas.areas_of(conds, shape).items()} if len(shape) == 2 else {}
+    found = areas.areas_of(conds, shape) if len(shape) == 2 else {}
+    options[_AREAS], options[_LATENT] = {uuid: (*area, *shape) for uuid, area in found.items()}, shape
+
+
+def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[Area | None, ...]:
+    """The area of each conditioning, for an input of `shape`.
+
+    Raises:
+        StyleLoomError: the input is neither the picture nor the area: another node has cut it (tiles).
+    """
+    seen = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
+    latent = options.get(_LATENT, shape)
+    if any((latent if area is None else area[:2]) != shape for area in seen):
+        raise StyleLoomError(
+            f"the model is given a part of {list(shape)} of a latent of {list(latent)}, and Style Block Injector has a "
+            "mask",
+            "the whole picture, so that the mask can be laid over it",
+            "Another node cuts the picture into tiles and does not say which one it is: leave mask of Style Block "
+            "Injector unconnected, or leave the other node out.",
+        )
+    return seen
 
 
 def grid(tokens: int, options: Mapping) -> tuple[int, int]:
@@ -77,6 +101,18 @@ class MaskGrid:
                 self._cache = {}
             self._cache[key] = self._make(size, areas, frames, len(q)).to(q.device, q.dtype)
         return self._cache[key]
+
+    def levels(
+        self, shape: tuple[int, int], areas: tuple[Area | None, ...], frames: tuple[int, ...], rows: int, device
+    ) -> dict[int, torch.Tensor]:
+        """Number of tokens -> (1 or rows, tokens, 1) fp32, for every level of a UNet over an input of `shape`."""
+        height, width = shape
+        made = {}
+        while True:
+            made.setdefault(height * width, self._make((height, width), areas, frames, rows).to(device))
+            if max(height, width) == 1:
+                return made
+            height, width = (height + 1) // 2, (width + 1) // 2
 
     def _make(
         self, size: tuple[int, int], areas: tuple[Area | None, ...], frames: tuple[int, ...], rows: int

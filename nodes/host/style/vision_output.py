@@ -1,8 +1,9 @@
 """CLIP_VISION_OUTPUT, the host's: making one, reading one, and what this pack notes on its own.
 
 Notes are further attributes, which consumers that do not know them leave alone:
-`styleloom_empty`, penultimate hidden states of an empty picture by the same encoder; `styleloom_subtracted`, in words,
-that `image_embeds` was changed while the patch features were not; `styleloom_only`, the one field that a file held.
+`styleloom_empty`, penultimate hidden states of an empty picture by the same encoder, and `styleloom_empty_embeds`, its
+`image_embeds`; `styleloom_subtracted`, in words, that `image_embeds` was changed while the patch features were not;
+`styleloom_only`, the one field that a file held.
 """
 
 from __future__ import annotations
@@ -68,19 +69,20 @@ def encode_picture(
         else:
             whole[name] = [item for part in values for item in part] if isinstance(value, list) else value
     if clip_vision.model_type == "clip_vision_model":
-        whole["styleloom_empty"] = _encode_empty(clip_vision)
+        whole["styleloom_empty"], whole["styleloom_empty_embeds"] = _encode_empty(clip_vision)
     return whole
 
 
-def _encode_empty(clip_vision) -> torch.Tensor:
-    """Penultimate hidden states of an input of zeros, which is the encoder's mean colour: what the publisher gives the
-    unconditional side of plus adapters (`IPAdapterPlus.get_image_embeds`, zeros after the normalisation)."""
+def _encode_empty(clip_vision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Penultimate hidden states and `image_embeds` of an input of zeros, which is the encoder's mean colour. The former
+    are what the publisher gives the unconditional side of plus adapters (`IPAdapterPlus.get_image_embeds`, zeros after
+    the normalisation)."""
     if clip_vision not in _empty:
         comfy.model_management.load_model_gpu(clip_vision.patcher)
         side = clip_vision.image_size
         pixels = torch.zeros(1, 3, side, side, device=clip_vision.load_device)
         out = clip_vision.model(pixel_values=pixels, intermediate_output=-2)
-        _empty[clip_vision] = out[1].to(comfy.model_management.intermediate_device())
+        _empty[clip_vision] = tuple(t.to(comfy.model_management.intermediate_device()) for t in out[1:3])
     return _empty[clip_vision]
 
 
