@@ -247,7 +247,7 @@ def _patches_of(model, entry: BranchLoRA, label: str, missing: str) -> tuple[Map
             f"the {label} has no part for the diffusion model"
             + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
             "a LoRA with keys of the diffusion model",
-            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
+            "Apply a LoRA for the text encoder to the clip of this side's prompt, with Apply LoRA or Load LoRA.",
         )
     check_finite(lora, f"the {label}")
     missed: list[str] = []
