@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
-from .. import areas
+from ..areas import noted_areas
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
-
-
-_AREAS, _LATENT = "styleloom_areas", "styleloom_latent"
 
 
 def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
@@ -21,24 +18,17 @@ def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
     return tuple(min(frame, count - 1) for frame in frames)
 
 
-def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
-    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid → area, cut
-    to the latent as the host cuts.
-
-    Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
-    """
-    found = areas.areas_of(conds, shape) if len(shape) == 2 else {}
-    options[_AREAS], options[_LATENT] = {uuid: (*area, *shape) for uuid, area in found.items()}, shape
-
-
 def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[Area | None, ...]:
-    """The area of each conditioning, for an input of `shape`.
+    """The area of each conditioning, for an input of `shape`. Areas of video latents (three dimensions) have no place
+    in a UNet for pictures and are left out.
 
     Raises:
         StyleLoomError: the input is neither the picture nor the area: another node has cut it (tiles).
     """
-    seen = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
-    latent = options.get(_LATENT, shape)
+    latent, areas = noted_areas(options)
+    latent = shape if latent is None else latent
+    found = [areas.get(uuid) if len(latent) == 2 else None for uuid in uuids]
+    seen = tuple(None if area is None else (*area, *latent) for area in found)
     if any((latent if area is None else area[:2]) != shape for area in seen):
         raise StyleLoomError(
             f"the model is given a part of {list(shape)} of a latent of {list(latent)}, and Style Block Injector has a "
