@@ -21,25 +21,6 @@ _KEPT = 16  # kinds of calls that are remembered
 _INSIDE = "diffusion_model."
 
 
-def checked_masks(mask: torch.Tensor | None, name: str = "mask") -> tuple[torch.Tensor, ...]:
-    """A MASK as (pictures, height, width), or nothing.
-
-    Raises:
-        StyleLoomError: another shape, values that are not finite.
-    """
-    if mask is None:
-        return ()
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.ndim != 3 or not mask.numel():
-        raise StyleLoomError(
-            f"{name} is {list(mask.shape)}", "(pictures, height, width)", f"Connect a mask to {name}, or nothing."
-        )
-    if not bool(mask.isfinite().all()):
-        raise StyleLoomError(f"{name} has values that are not finite", "0 to 1", "Look at the node that makes it.")
-    return (mask.float().cpu(),)
-
-
 class PlannedRegions:
     """The regions of a plan, and the layers in which they act.
 

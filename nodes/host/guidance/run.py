@@ -167,7 +167,7 @@ class BranchRun:
         if self._prepared:
             self._plan.tell(
                 f"  {len(self._prepared)} layers of the LoRAs run once, while the prompts are prepared, with the LoRAs "
-                f"of the prompt's side: {some(sorted(self._prepared))}",
+                f"of the prompt's side as strong as they are in the first step: {some(sorted(self._prepared))}",
                 logging.INFO,
             )
 

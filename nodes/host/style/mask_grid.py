@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
 from ..areas import noted_areas
+from ..pictures import checked_mask
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
 
@@ -64,17 +65,8 @@ class MaskGrid:
     """(pictures, height, width) with 0 to 1, any size; averaged down to each layer."""
 
     def __init__(self, mask: torch.Tensor):
-        mask = mask.float()
-        if mask.ndim == 2:
-            mask = mask[None]
-        if mask.ndim != 3 or not mask.numel():
-            raise StyleLoomError(
-                f"mask is {list(mask.shape)}", "(pictures, height, width)", "Connect a mask to mask, or nothing."
-            )
-        if not bool(mask.isfinite().all()):
-            raise StyleLoomError("mask has values that are not finite", "0 to 1", "Look at the node that makes it.")
-        self.mask = mask.cpu()
-        self.pictures = len(mask)
+        self.mask = checked_mask(mask)
+        self.pictures = len(self.mask)
         self._cache: dict = {}
 
     def forget(self) -> None:
