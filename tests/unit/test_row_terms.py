@@ -328,6 +328,21 @@ def test_a_layer_with_terms_on_both_sides(watched):
     assert call.called == ({"layer"} if watched else None)
 
 
+def test_a_module_of_two_names_is_left_as_it_was():
+    """Each name has terms of its own; both act, and nothing of them stays."""
+    module = torch.nn.Linear(6, 5, dtype=D).requires_grad_(False)
+    x, layer = normal(4, 3, 6), layer_of(module)
+    pairs = [LowRank(normal(2, 6, seed=i), normal(5, 2, seed=i)) for i in (1, 2)]
+    terms = {str(i): {POSITIVE: [LowRankTerm(layer, [(pair, 0)])]} for i, pair in enumerate(pairs)}
+    layers = LayersWithTerms(lambda name: module, terms, call_of((POSITIVE,), 4, {POSITIVE: (1.0,)}))
+    before = module(x)
+    layers.put_in()
+    torch.testing.assert_close(module(x), before + sum(x @ pair.down.T @ pair.up.T for pair in pairs))
+    layers.take_out()
+    assert "forward" not in module.__dict__
+    assert torch.equal(module(x), before)
+
+
 def test_layers_whose_input_a_term_changes_share_no_product():
     """q and k of a block get one tensor, and a GLoRA of each changes it for its own layer: what the first has computed
     from its rows is not what the second needs. Where nothing changes it, one product does for both."""

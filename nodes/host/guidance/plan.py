@@ -84,14 +84,20 @@ class Plan:
 
     def hook_layers(self, names: Iterable[str]) -> None:
         """Hand layers over to the host's weight hooks that are computed without being called: norms that attention
-        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them."""
+        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them.
+
+        Raises:
+            StyleLoomError: a LoRA with a mask on one of them; the plan stays as it was.
+        """
         names = list(names)
-        for name in names:
-            del self.terms[name]
-            for branch, source, target, patch in self.patches.pop(name):
+        for name in names:  # all of them first: a plan that is refused stays whole, for the next run of its guider
+            for branch, source, _, _ in self.patches[name]:
                 if source in self.regions.has_places(branch, name):
                     region = self.regions.regions[branch][source]
                     raise no_region(region, "a layer that the model computes without calling it", name)
+        for name in names:
+            del self.terms[name]
+            for branch, source, target, patch in self.patches.pop(name):
                 self.hook(branch, source, {target: patch})
         if self.norms.intersection(names):
             self.tell(f"  norms that attention computes itself go through {self.otherwise}", logging.INFO)
