@@ -5,8 +5,9 @@
     python run.py test [--no-browser] [args …]    run every test; args go to pytest (tests/unit, -k name, …)
     python run.py convert-workflow FILE [--out F] rewrite a workflow of IPAdapter Plus to StyleLoom's nodes
 
-The last one reads one file and writes another. The others prepare what is missing first, and say what they do. Before a package of the system is installed as root they ask;
---yes says yes beforehand, and so does CI=true in the environment. Which ComfyUI: COMFYUI_PATH if set; else the one
+The last one reads one file and writes another. The others prepare what is missing first, and say what they do. Before
+a package of the system is installed as root they ask; --yes says yes beforehand, and so does CI=true in the
+environment. Which ComfyUI: COMFYUI_PATH if set; else the one
 in whose custom_nodes this folder lies; else a checked copy from the package index, under .host. Which Python:
 the active one if it has what that ComfyUI needs; else .venv, made once. The host runs with a base directory of
 its own under .host and on 127.0.0.1 only, so nothing is written into a ComfyUI of yours.

@@ -101,10 +101,10 @@ class EncodeStyleImage(io.ComfyNode):
                     "fit",
                     options=list(FITS),
                     default="crop",
-                    tooltip="The encoder sees squares. crop: the one in the middle, as published. pad: the whole "
-                    "picture, smaller, with borders that the encoder takes for nothing. tiles: the whole picture as "
-                    "several squares, each of which counts as a reference. tiled: the same, and a picture that is "
-                    "nearly square as four quarters, as IPAdapter Tiled does.",
+                    tooltip="The encoder sees squares. crop: one square, in the middle as published, or at position. "
+                    "pad: the whole picture, smaller, with borders that the encoder takes for nothing. tiles: the "
+                    "whole picture as several squares, each of which counts as a reference. tiled: as in IPAdapter "
+                    "Plus, four quarters of a nearly square picture, else at most four squares in a row.",
                 ),
                 io.Combo.Input(
                     "position",
@@ -183,8 +183,9 @@ class StyleBlockInjector(io.ComfyNode):
                     options=list(presets.PRESETS),
                     default=presets.STYLE,
                     tooltip="Which layers see the picture. style: only those of style. layout: only those of layout. "
-                    "all: every one, as IP-Adapter itself does. custom: those in block_weights. precise: away from the "
-                    "picture's layout, or style, in the other blocks. IPAdapter Plus: that pack's weight types.",
+                    "all: every one, as IP-Adapter itself does. custom: those in block_weights. precise style: style, "
+                    "and away from the picture's layout. precise layout: layout, and away from its style. IPAdapter "
+                    "Plus: that pack's weight types.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -258,9 +259,9 @@ class StyleBlockInjector(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Only for preset custom. For example: output 1: 1, input 8: 0.5. Blocks have ComfyUI's "
-                    "names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers (6). FLUX.1: "
-                    "double 3: 1, single 10-37: 0.5.",
+                    tooltip="For preset custom and the precise ones. For example: output 1: 1, input 8: 0.5. Blocks "
+                    "have ComfyUI's names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers "
+                    "(6). FLUX.1: double 3: 1, single 10-37: 0.5.",
                 ),
                 io.Float.Input(
                     "boost",
@@ -270,8 +271,8 @@ class StyleBlockInjector(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="Only for precise presets: how strongly the picture moves away from the reference in the "
-                    "blocks that are turned round. 0 is not at all.",
+                    tooltip="Only for the precise presets: how strongly the result moves away from the reference's "
+                    "layout (precise style) or style (precise layout). 0 is not at all.",
                 ),
                 io.String.Input(
                     "reference_weights",

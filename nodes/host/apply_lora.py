@@ -15,6 +15,13 @@ from .lora_patches import left_out, lora_patches, parameter_names, passed_over
 from .missing_keys import ERROR, some
 from .row_terms import parts_of
 
+_OF_A_LORA = "styleloom_of_a_lora"  # on a parameter that stands in the place of a model's own
+
+
+def exchanged(model) -> list[str]:
+    """The parameters of a MODEL that Apply LoRA has exchanged whole, the LoRA in them."""
+    return [key for key, value in model.object_patches.items() if getattr(value, _OF_A_LORA, False)]
+
 
 def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing: str = ERROR):
     """Clone and patch.
@@ -41,12 +48,12 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing
     patched, patched_clip = model, clip
     if strength != 0:
         patched = model.clone()
-        done, exchanged = _add(patched, patched.model, patches, strength)
+        done, whole = _add(patched, patched.model, patches, strength)
         lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
-        if exchanged:
+        if whole:
             lines.append(
-                f"{len(exchanged)} of them are on parameters that ComfyUI's own merge passes over, and are exchanged "
-                f"whole: {parameter_names(exchanged)}"
+                f"{len(whole)} of them on parameters that ComfyUI's own merge passes over, which this node sets "
+                f"itself: {parameter_names(whole)}"
             )
     else:
         done = set()
@@ -70,14 +77,16 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing
 
 def _add(patcher, root: torch.nn.Module, patches: Mapping, strength: float) -> tuple[set, set]:
     """(the patches that were taken, those among them whose parameter is exchanged)."""
-    exchanged = passed_over([root], patches)
-    merged = {target: patch for target, patch in patches.items() if target not in exchanged}
+    whole = passed_over([root], patches)
+    merged = {target: patch for target, patch in patches.items() if target not in whole}
     done = set(patcher.add_patches(merged, strength))
-    for target in exchanged:
+    for target in whole:
         key, part, swap = parts_of(target)
         before = patcher.get_model_object(key)
         change = [(strength, patches[target], 1.0, part, swap)]
         made = comfy.lora.calculate_weight(change, before.detach().to(torch.float32, copy=True), key)
         made = comfy.float.stochastic_rounding(made, before.dtype, seed=comfy.utils.string_to_seed(key))
-        patcher.add_object_patch(key, torch.nn.Parameter(made, requires_grad=False))
-    return done | exchanged, exchanged
+        made = torch.nn.Parameter(made, requires_grad=False)
+        setattr(made, _OF_A_LORA, True)
+        patcher.add_object_patch(key, made)
+    return done | whole, whole

@@ -10,6 +10,8 @@ from ...weights.errors import StyleLoomError
 
 Area = tuple[int, ...]  # sizes and starts, one for each axis of the latent
 
+_NOTED = "styleloom_latent"  # in transformer_options
+
 
 def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict[object, Area]:
     """uuid -> area for the conditionings that see a part of a latent of `shape`, cut to it as the host cuts: the sizes
@@ -26,6 +28,17 @@ def areas_of(conds: Iterable, shape: tuple[int, ...]) -> dict[object, Area]:
         sizes = (min(whole - start, size) for whole, size, start in zip(shape, area[:axes], area[axes:]))
         found[cond.get("uuid")] = (*sizes, *area[axes:])
     return found
+
+
+def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
+    """Leave word in `transformer_options` of the latent of a call of `calc_cond_batch`, and of the parts of it that
+    conditionings see. Everything of ours with a mask reads the same."""
+    options[_NOTED] = shape, areas_of(conds, shape)
+
+
+def noted_areas(options: Mapping) -> tuple[tuple[int, ...] | None, Mapping[object, Area]]:
+    """(the latent's axes, uuid -> area), as `note_areas` has left them; None and {} where it has not."""
+    return options.get(_NOTED) or (None, {})
 
 
 def pictures_of(options: Mapping, each: int) -> tuple[tuple[int, ...], int]:

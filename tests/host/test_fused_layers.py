@@ -106,6 +106,33 @@ def test_a_feed_forward_that_holds_the_hosts_own_function(bench, fused, loras, t
     assert torch.equal(model.model.diffusion_model.double_blocks[0].img_mlp[2].weight.dequantize(), before)
 
 
+def test_a_mask_where_the_function_is_held_is_refused_each_time(bench, fused, loras, kit, host):
+    """A weight has no places. The plan stays whole, so that the same guider does not lose a layer when it runs again,
+    as it does when the queue is started once more."""
+    own = host.comfy.ops.linear_input_act
+
+    class Held(kit.int8_layers.FusedFeedForward):
+        def forward(self, x):
+            return own(self[2], self[0](x), self.act)
+
+    guider = bench.guider(fused(bench, Held), positive_lora=loras[0], positive_mask=torch.ones(1, 8, 8))
+    for _ in range(2):
+        with pytest.raises(Exception, match=f"(?s)positive LoRA has a mask.*without calling it.*{DOWN}"):
+            bench.through(guider, **ONE)
+
+
+def test_a_mask_on_a_layer_that_is_computed_with_its_activation(bench, fused, loras, distance, host, monkeypatch):
+    """As on the same layer when the host calls it: it does so while it trains."""
+    half = torch.zeros(1, 8, 8)
+    half[:, :, 4:] = 1
+    given = {"model": fused(bench), "positive_lora": loras[0], "sampling": ONE}
+    ours = bench.asymmetric(**given, positive_mask=half)
+    everywhere = bench.asymmetric(**given)
+    monkeypatch.setattr(host.comfy.model_management, "in_training", True)
+    assert distance(ours, bench.asymmetric(**given, positive_mask=half)) < INT8
+    assert distance(ours, everywhere) > 100 * INT8
+
+
 def test_the_model_as_it_is_while_no_lora_acts(bench, fused, loras):
     """A window that has not begun: bit by bit the host's own kernel."""
     late = {**sides(loras), "positive_start_percent": 0.9, "negative_start_percent": 0.9}

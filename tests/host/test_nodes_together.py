@@ -19,9 +19,8 @@ def bench(benches):
 def inject(run_node, encode):
     adapter = run_node("StyleLoomLoadIPAdapter", ipadapter_name="kit/ip_adapter_sdxl_small.safetensors")[0]
     style = {"style0": encode(1)}
-    return lambda model: run_node(
-        "StyleLoomStyleBlockInjector", model=model, ipadapter=adapter, style=style, preset="style", weight=1.0
-    )[0]
+    given = {"ipadapter": adapter, "style": style, "preset": "style", "weight": 1.0}
+    return lambda model, **more: run_node("StyleLoomStyleBlockInjector", model=model, **given, **more)[0]
 
 
 def test_a_style_injected_under_two_lora_states(bench, inject, run_node, kit):
@@ -45,3 +44,15 @@ def test_a_filtered_lora_on_one_side(bench, run_node, kit):
     ours = bench.asymmetric(positive_lora=filtered, sampling=STEPS)
     assert kit.two_passes.distance(ours, bench.truth([(filtered, 1.0)], sampling=STEPS)) < 1e-4
     assert torch.isfinite(ours).all()
+
+
+def test_a_style_with_a_mask_beside_a_lora_with_a_mask(bench, inject, run_node, kit):
+    """Masks that cover everything: as without masks. Each tells its layers of the latent, and of that alone."""
+    lora = run_node("StyleLoomLoadLoRA", lora_name="kit/sdxl_style.safetensors")[0]
+    white = torch.ones(1, 64, 96)
+
+    def sample(mask=None):
+        entry = bench.run("StyleLoomLoRAStack", lora=lora, strength=0.8, mask=mask, text_tokens="whole")[0]
+        return bench.asymmetric(model=inject(bench.model, mask=mask), positive_lora=entry, sampling=STEPS)
+
+    assert kit.two_passes.distance(sample(white), sample()) < 1e-4

@@ -184,6 +184,16 @@ def test_a_merge_is_the_model_and_a_bypass_is_refused(bench, run_node, two):
     refused(bench.guider, "Bypass loader", model=beside, preset="base unconditional")
 
 
+def test_a_parameter_that_apply_lora_has_exchanged_is_refused(benches, run_node):
+    """It would stay on the negative side, without a word."""
+    bench, token = benches("z-image"), "diffusion_model.x_pad_token"
+    lora = bench.lora(1) | {f"{token}.diff": torch.ones_like(bench.model.get_model_object(token))}
+    patched = run_node("StyleLoomApplyLoRA", model=bench.model, lora=lora, strength=1.0)[0]
+    words = f"(?s)exchanged whole: {token}.*positive_lora"
+    refused(bench.guider, words, model=patched, preset="base unconditional")
+    bench.guider(model=patched)
+
+
 @pytest.mark.parametrize(
     ("preset", "given", "words"),
     [

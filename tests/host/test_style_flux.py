@@ -307,3 +307,15 @@ def test_a_compiled_model_is_refused(host, flux, given, inject):
     patched.add_wrapper_with_key(kind, "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs))
     with pytest.raises(ValueError, match="model is compiled"):
         call(patched, given)
+
+
+@KINDS
+def test_rows_that_another_node_repeats_are_refused(kind, flux, given, inject):
+    def twice(args, extra):
+        more = {name: torch.cat([args[name]] * 2) for name in ("img", "txt", "vec", "pe")}
+        return extra["original_block"]({**args, **more})
+
+    repeated = flux.clone()
+    repeated.set_model_patch_replace(twice, "dit", "double_block", 0)
+    with pytest.raises(ValueError, match="a block has 4 rows, in a batch of 2"):
+        call(inject(repeated, kind)[0], given)

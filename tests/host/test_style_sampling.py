@@ -200,6 +200,23 @@ def test_context_windows_of_the_host(per_frame, sdxl, run_node, adapters, encode
     assert close(sample(windowed(injected), batch=frames), due)
 
 
+def test_tiles_one_at_a_time(sdxl, inject, sample, planned):
+    """The rows are all there, so only the size of the input tells that it is a tile: the style needs no place, a mask
+    does."""
+
+    def tiled(model):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(lambda apply_model, args: torch.cat(
+            [apply_model(part, args["timestep"], **args["c"]) for part in args["input"].chunk(2, -1)], -1))  # fmt: skip
+        return model
+
+    with oracle.injected(sdxl.model.diffusion_model, planned(negative_first)):
+        due = sample(tiled(sdxl))
+    assert close(sample(tiled(inject(sdxl))), due)
+    with pytest.raises(ValueError, match="is given a part of .16, 8. of a latent of .16, 16., and .* has a mask"):
+        sample(tiled(inject(sdxl, mask=torch.ones(1, 16, 16))))
+
+
 def test_two_regions_in_one_batch(sdxl, run_node, inject, sample, planned, prompts):
     """Both regions are positive, whatever their order in the batch."""
     both = prompts[0] + prompts[1]

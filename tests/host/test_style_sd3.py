@@ -187,3 +187,13 @@ def test_what_does_not_fit_is_refused(kit, sd3, given, inject, encode):
         with pytest.raises(ValueError, match=words) as error:
             make()
         assert "Expected: " in str(error.value) and "What to do: " in str(error.value)
+
+
+def test_rows_that_another_node_repeats_are_refused(sd3, given, inject):
+    def twice(args, extra):
+        return extra["original_block"]({**args, **{name: torch.cat([args[name]] * 2) for name in ("img", "txt", "vec")}})
+
+    repeated = sd3.clone()
+    repeated.set_model_patch_replace(twice, "dit", "double_block", 0)
+    with pytest.raises(ValueError, match="a block has 4 rows, in a batch of 2"):
+        call(inject(repeated), given)

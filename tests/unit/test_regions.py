@@ -280,7 +280,7 @@ def test_each_side_has_its_own_region_and_strengths_that_change():
     layers.put_in()
     call.active = True
     for strengths in ((0.7, 0.2), (0.0, -1.0), (0.7, 0.2)):
-        call.set_rows((NEGATIVE, POSITIVE), 4, False, {POSITIVE: strengths[:1], NEGATIVE: strengths[1:]},
+        call.set_rows((NEGATIVE, POSITIVE), 4, {POSITIVE: strengths[:1], NEGATIVE: strengths[1:]},
                       (POSITIVE, NEGATIVE))  # fmt: skip
         due = plain.clone()
         for rows, side, strength, mask in ((slice(2, 4), POSITIVE, strengths[0], masks[0]),

@@ -13,7 +13,7 @@ from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.row_adapters.forward import LayersWithTerms, ModelCall
 from styleloom.weights.row_adapters.layers import layer_of
 from styleloom.weights.row_adapters.low_rank import LowRankTerm, Observer
-from styleloom.weights.row_adapters.rows import BATCH, NEGATIVE, POSITIVE, TILED, UnknownRows, spans
+from styleloom.weights.row_adapters.rows import BATCH, NEGATIVE, POSITIVE, TILED, TWICE, UnknownRows, spans
 from styleloom.weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
@@ -293,7 +293,9 @@ def test_twice_the_batch_is_refused_unless_the_model_is_known_to_tile():
     order = (POSITIVE, NEGATIVE)
     with pytest.raises(UnknownRows):
         spans(order, 2, 4)
-    assert spans(order, 2, 4, TILED) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    assert spans(order, 2, 4, TWICE) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    with pytest.raises(UnknownRows):
+        spans(order, 2, 6, TWICE)
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -324,6 +326,21 @@ def test_a_layer_with_terms_on_both_sides(watched):
     torch.testing.assert_close(made, due)
     torch.testing.assert_close(module(x), x @ weight.T + module.bias)
     assert call.called == ({"layer"} if watched else None)
+
+
+def test_a_module_of_two_names_is_left_as_it_was():
+    """Each name has terms of its own; both act, and nothing of them stays."""
+    module = torch.nn.Linear(6, 5, dtype=D).requires_grad_(False)
+    x, layer = normal(4, 3, 6), layer_of(module)
+    pairs = [LowRank(normal(2, 6, seed=i), normal(5, 2, seed=i)) for i in (1, 2)]
+    terms = {str(i): {POSITIVE: [LowRankTerm(layer, [(pair, 0)])]} for i, pair in enumerate(pairs)}
+    layers = LayersWithTerms(lambda name: module, terms, call_of((POSITIVE,), 4, {POSITIVE: (1.0,)}))
+    before = module(x)
+    layers.put_in()
+    torch.testing.assert_close(module(x), before + sum(x @ pair.down.T @ pair.up.T for pair in pairs))
+    layers.take_out()
+    assert "forward" not in module.__dict__
+    assert torch.equal(module(x), before)
 
 
 def test_layers_whose_input_a_term_changes_share_no_product():

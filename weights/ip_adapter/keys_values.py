@@ -229,6 +229,7 @@ def project(
         for layer, result in zip(chosen, results):
             done[layer] = result
             on_layer()
+    _let_go(adapter)
     return done
 
 
@@ -251,8 +252,14 @@ def _kept(adapter: Adapter, tokens: torch.Tensor) -> dict[tuple[str, Layer], tor
     of_adapter: OrderedDict = _by_adapter.setdefault(adapter, OrderedDict())
     found = of_adapter.setdefault(mark, {})
     of_adapter.move_to_end(mark)
+    return found
+
+
+def _let_go(adapter: Adapter) -> None:
+    """What was used longest ago is no longer kept, until the rest is within bounds: a picture for each frame of a long
+    video may be more than that by itself."""
+    of_adapter = _by_adapter.get(adapter, OrderedDict())
     sizes = [sum(t.nbytes for t in layers.values()) for layers in of_adapter.values()]
-    while len(of_adapter) > 1 and sum(sizes) > _KEPT_BYTES:
+    while sizes and sum(sizes) > _KEPT_BYTES:
         of_adapter.popitem(last=False)
         sizes.pop(0)
-    return found

@@ -291,7 +291,7 @@ class LayersWithTerms:
         return {self._find(name): asked(tuple(terms)) for name, terms in self._terms.items()}
 
     def take_out(self) -> None:
-        for module, method, made, before in self._changed:
+        for module, method, made, before in reversed(self._changed):  # a module may have two names
             if module.__dict__.get(method) is not made:
                 continue  # what was put in below this one was taken out first, and this one with it
             if before is None:

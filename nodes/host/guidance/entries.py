@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ....weights.errors import StyleLoomError
-from .regions import checked_masks
+from ..pictures import checked_mask
 from .schedule import BranchLoRA
 
 Entries = tuple[BranchLoRA, ...]
@@ -19,7 +19,7 @@ def entries_of(
     Raises:
         StyleLoomError: the window is empty, the input is neither, the mask is none.
     """
-    masks = checked_masks(mask, mask_name)
+    masks = () if mask is None else (checked_mask(mask, mask_name),)
     if lora is None:
         return ()
     if start_percent >= end_percent:

@@ -8,6 +8,8 @@ import comfy.weight_adapter
 
 from ....weights.errors import StyleLoomError
 from ....weights.lora.kinds import DORA, SET_WEIGHT, UnknownAdapter, from_host, kinds_of
+from ..apply_lora import exchanged
+from ..missing_keys import some
 from .entries import Entries
 from .schedule import BranchLoRA
 
@@ -21,14 +23,21 @@ def lifted(model) -> tuple[object, Entries]:
     others. Merged checkpoints stay: they are the model.
 
     Raises:
-        StyleLoomError: a LoRA that is beside the weights (Load LoRA, Bypass); a merge on top of a LoRA; a DoRA on top
-            of, or under, another LoRA.
+        StyleLoomError: a LoRA that is beside the weights (Load LoRA, Bypass), or in a parameter that Apply LoRA has
+            exchanged; a merge on top of a LoRA; a DoRA on top of, or under, another LoRA.
     """
     if _BYPASS in model.injections:
         raise StyleLoomError(
             "the model has a LoRA from a Bypass loader, which acts on both sides",
             "LoRAs that the model is patched with, or LoRAs in positive_lora",
             "Load it with ComfyUI's Load LoRA or with Apply LoRA, or connect it to positive_lora.",
+        )
+    whole = exchanged(model)
+    if whole:
+        raise StyleLoomError(
+            f"the model has a LoRA from Apply LoRA on parameters that were exchanged whole: {some(sorted(whole))}",
+            "LoRAs that can be taken off the negative side again",
+            "Connect this LoRA to positive_lora instead, and leave Apply LoRA out.",
         )
     bare = model.clone()
     loras: dict[tuple[float, int], dict] = {}

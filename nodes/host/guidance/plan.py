@@ -84,14 +84,20 @@ class Plan:
 
     def hook_layers(self, names: Iterable[str]) -> None:
         """Hand layers over to the host's weight hooks that are computed without being called: norms that attention
-        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them."""
+        computes fused with the rotary embedding, quantised layers in one kernel with what stands before them.
+
+        Raises:
+            StyleLoomError: a LoRA with a mask on one of them; the plan stays as it was.
+        """
         names = list(names)
-        for name in names:
-            del self.terms[name]
-            for branch, source, target, patch in self.patches.pop(name):
+        for name in names:  # all of them first: a plan that is refused stays whole, for the next run of its guider
+            for branch, source, _, _ in self.patches[name]:
                 if source in self.regions.has_places(branch, name):
                     region = self.regions.regions[branch][source]
                     raise no_region(region, "a layer that the model computes without calling it", name)
+        for name in names:
+            del self.terms[name]
+            for branch, source, target, patch in self.patches.pop(name):
                 self.hook(branch, source, {target: patch})
         if self.norms.intersection(names):
             self.tell(f"  norms that attention computes itself go through {self.otherwise}", logging.INFO)
@@ -106,10 +112,9 @@ class Plan:
     def otherwise(self) -> str:
         """What is done for patches that have no term."""
         return (
-            "weights that are changed at each use, with the branches one after the other"
+            "weights that are changed at each use, with the sides one after the other"
             if self.quantised
-            else "ComfyUI's weight hooks, which run the branches one after the other and patch these weights in every "
-            "step"
+            else "ComfyUI's weight hooks, which run the sides one after the other and patch these weights in every step"
         )
 
     def hook(self, branch: int, source: int, patches: dict) -> None:
@@ -248,7 +253,7 @@ def _patches_of(model, entry: BranchLoRA, label: str, missing: str) -> tuple[Map
             f"the {label} has no part for the diffusion model"
             + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
             "a LoRA with keys of the diffusion model",
-            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
+            "Apply a LoRA for the text encoder to the clip of this side's prompt, with Apply LoRA or Load LoRA.",
         )
     check_finite(lora, f"the {label}")
     missed: list[str] = []

@@ -13,32 +13,12 @@ from ....weights.row_adapters.regional import in_region
 from ....weights.row_adapters.regions import Maps, Places, Region, Scene, View
 from ....weights.row_adapters.terms import Term
 from ....weights.token_tables import Tokens, tokens_of
-from ..areas import areas_of, frames_of, pictures_of
+from ..areas import frames_of, noted_areas, pictures_of
 from ..batch_rows import Rows
 from ..row_terms import outside_memory_graph
 
-_LATENT = "styleloom_latent"  # in transformer_options: the latent's axes, and uuid -> area of the conditionings
 _KEPT = 16  # kinds of calls that are remembered
 _INSIDE = "diffusion_model."
-
-
-def checked_masks(mask: torch.Tensor | None, name: str = "mask") -> tuple[torch.Tensor, ...]:
-    """A MASK as (pictures, height, width), or nothing.
-
-    Raises:
-        StyleLoomError: another shape, values that are not finite.
-    """
-    if mask is None:
-        return ()
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.ndim != 3 or not mask.numel():
-        raise StyleLoomError(
-            f"{name} is {list(mask.shape)}", "(pictures, height, width)", f"Connect a mask to {name}, or nothing."
-        )
-    if not bool(mask.isfinite().all()):
-        raise StyleLoomError(f"{name} has values that are not finite", "0 to 1", "Look at the node that makes it.")
-    return (mask.float().cpu(),)
 
 
 class PlannedRegions:
@@ -140,20 +120,13 @@ class RegionalRun:
     def forget(self) -> None:
         self._maps, self._places = Maps(), {}
 
-    @staticmethod
-    def told(conds, x_in: torch.Tensor, model_options: dict) -> dict:
-        """`model_options` of one call of the host's batching, with what `places` has to know of it."""
-        axes = tuple(x_in.shape[2:])
-        options = {**model_options.get("transformer_options", {}), _LATENT: (axes, areas_of(conds, axes))}
-        return {**model_options, "transformer_options": options}
-
     def places(self, model, x: torch.Tensor, options: Mapping, rows: Rows, inputs: Mapping) -> Places:
         """The strengths at places for one call of a model.
 
         Args:
             model: The host's BaseModel.
             x: The call's latent, (rows, channels, ...).
-            options: transformer_options.
+            options: transformer_options, in which `note_areas` has left word.
             rows: What the rows of the batch are.
             inputs: The diffusion model's other inputs by name; `context` is the text.
 
@@ -169,7 +142,7 @@ class RegionalRun:
         return self._places[key]
 
     def _scene(self, model, x: torch.Tensor, options: Mapping, rows: Rows, inputs: Mapping) -> Scene:
-        axes, areas = options.get(_LATENT, (None, {}))
+        axes, areas = noted_areas(options)
         each, own = x.shape[0] // len(rows.chunks), tuple(x.shape[2:])
         uuids = options.get("uuids") or [None] * (max(rows.chunks) + 1)
         found = tuple(areas.get(uuids[chunk]) for chunk in rows.chunks)

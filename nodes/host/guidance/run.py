@@ -14,6 +14,7 @@ from ....weights.row_adapters.forward import LayersWithTerms, ModelCall
 from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.low_rank import Observer, SharedInput
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE, UnknownRows
+from ..areas import note_areas
 from ..batch_rows import noting, rows_of
 from ..batch_sides import BatchSides
 from ..fused_layers import called as calls_layers
@@ -100,7 +101,8 @@ class BranchRun:
         elif alone and not (self._apart or any(self._plan.hooks.values())):
             self._plan.tell(
                 "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
-                "cannot be put side by side, and for models that take one picture at a time",
+                "cannot be put side by side (Z-Image and others: if one is longer), and for models that take one "
+                "picture at a time",
                 logging.INFO,
             )
 
@@ -166,7 +168,7 @@ class BranchRun:
         if self._prepared:
             self._plan.tell(
                 f"  {len(self._prepared)} layers of the LoRAs run once, while the prompts are prepared, with the LoRAs "
-                f"of the prompt's side: {some(sorted(self._prepared))}",
+                f"of the prompt's side as strong as they are in the first step: {some(sorted(self._prepared))}",
                 logging.INFO,
             )
 
@@ -192,7 +194,7 @@ class BranchRun:
         """Once a layer was met whose rows cannot be told apart, every branch gets a batch of its own."""
         model_options = noting(x_in, model_options)
         if self._regions is not None:
-            model_options = self._regions.told(conds, x_in, model_options)
+            note_areas(model_options["transformer_options"], conds, tuple(x_in.shape[2:]))
         if sum(cond is not None for cond in conds) < 2:
             return executor(model, conds, x_in, timestep, model_options)
         self._mixed = False

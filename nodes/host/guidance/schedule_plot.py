@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ....weights.row_adapters.rows import NEGATIVE, POSITIVE
-from ..merge.heat_map import to_image
+from ..pictures import to_image
 from .plan import NAMES, Plan
 from .schedule import strengths_by_step
 

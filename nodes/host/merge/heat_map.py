@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ....weights.merge.targets import key_of, slice_of
+from ..pictures import to_image
 
 _INK, _FAINT, _PAPER, _NONE = (32, 36, 48), (120, 126, 140), (250, 250, 248), (228, 228, 226)
 # From "all gone" to "all there": grows in brightness, so also for colour-blind eyes.
@@ -126,8 +127,3 @@ def loss_curve(pen: ImageDraw.ImageDraw, font, losses: list[float], box: tuple[i
     pen.line(points, fill=(40, 90, 160), width=2)
     text = f"loss {losses[0]:.4g} to {losses[-1]:.4g}, lowest {low:.4g}"
     pen.text((x1 - 6, y0 + 4), text, font=font, fill=_INK, anchor="ra")
-
-
-def to_image(picture: Image.Image) -> torch.Tensor:
-    """PIL RGB → IMAGE (1, H, W, 3), float32 in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255.0)[None]

@@ -23,12 +23,13 @@ from comfy.patcher_extension import WrappersMP
 
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
+from ..areas import note_areas
 from ..batch_rows import Rows, noting, rows_of
 from ..batch_sides import BatchSides
 from ..repeated_rows import tracing
 from .call import Call, known
 from .compiled import forwards, is_compiled
-from .mask_grid import MaskGrid, nearest, note_areas
+from .mask_grid import MaskGrid, nearest
 from .replacement import Replacement
 from .step_weights import StepWeights
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from ..pictures import to_image
 
 _INK, _FAINT, _PAPER, _LINE = (32, 36, 48), (120, 126, 140), (250, 250, 248), (150, 50, 122)
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 320, 64, 24, 44, 44
@@ -36,4 +37,4 @@ def draw_curve(values: Sequence[float], title: str) -> torch.Tensor:
         pen.ellipse((x - size, y - size, x + size, y + size), fill=_LINE)
     for i, anchor in ((0, "la"), (len(points) - 1, "ra")) if len(points) > 1 else ((0, "ma"),):
         pen.text((points[i][0], _HEIGHT - _BOTTOM + 10), f"{i}: {values[i]:.3g}", font=small, fill=_INK, anchor=anchor)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None]
+    return to_image(picture)

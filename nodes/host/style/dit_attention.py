@@ -48,7 +48,7 @@ class DiTCall(Call):
             (rows, n, heads · width of a head).
         """
         if q.shape[0] != self.count:
-            raise unknown(q.shape[0], self.count, options)
+            raise unknown(f"a block has {q.shape[0]} rows, in a batch of {self.count}", options)
         heads, n = q.shape[1], q.shape[2]
         flat = q.transpose(1, 2).flatten(2)
         k, v = self.keys_values(layer, q.device, q.dtype)

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ....weights.errors import StyleLoomError
-from .. import areas
+from ..areas import noted_areas
+from ..pictures import checked_mask
 
 Area = tuple[int, int, int, int, int, int]  # height, width, top, left, of a latent of this height, width
-
-
-_AREAS, _LATENT = "styleloom_areas", "styleloom_latent"
 
 
 def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
@@ -21,24 +19,17 @@ def nearest(frames: Iterable[int], count: int) -> tuple[int, ...]:
     return tuple(min(frame, count - 1) for frame in frames)
 
 
-def note_areas(options: dict, conds: Iterable, shape: tuple[int, ...]) -> None:
-    """Leave word in `transformer_options` of which part of a latent of `shape` each conditioning sees: uuid → area, cut
-    to the latent as the host cuts.
-
-    Areas of video latents (three dimensions) have no place in a UNet for pictures and are left out.
-    """
-    found = areas.areas_of(conds, shape) if len(shape) == 2 else {}
-    options[_AREAS], options[_LATENT] = {uuid: (*area, *shape) for uuid, area in found.items()}, shape
-
-
 def seen_by(options: Mapping, uuids: Iterable, shape: tuple[int, ...]) -> tuple[Area | None, ...]:
-    """The area of each conditioning, for an input of `shape`.
+    """The area of each conditioning, for an input of `shape`. Areas of video latents (three dimensions) have no place
+    in a UNet for pictures and are left out.
 
     Raises:
         StyleLoomError: the input is neither the picture nor the area: another node has cut it (tiles).
     """
-    seen = tuple((options.get(_AREAS) or {}).get(uuid) for uuid in uuids)
-    latent = options.get(_LATENT, shape)
+    latent, areas = noted_areas(options)
+    latent = shape if latent is None else latent
+    found = [areas.get(uuid) if len(latent) == 2 else None for uuid in uuids]
+    seen = tuple(None if area is None else (*area, *latent) for area in found)
     if any((latent if area is None else area[:2]) != shape for area in seen):
         raise StyleLoomError(
             f"the model is given a part of {list(shape)} of a latent of {list(latent)}, and Style Block Injector has a "
@@ -74,17 +65,8 @@ class MaskGrid:
     """(pictures, height, width) with 0 to 1, any size; averaged down to each layer."""
 
     def __init__(self, mask: torch.Tensor):
-        mask = mask.float()
-        if mask.ndim == 2:
-            mask = mask[None]
-        if mask.ndim != 3 or not mask.numel():
-            raise StyleLoomError(
-                f"mask is {list(mask.shape)}", "(pictures, height, width)", "Connect a mask to mask, or nothing."
-            )
-        if not bool(mask.isfinite().all()):
-            raise StyleLoomError("mask has values that are not finite", "0 to 1", "Look at the node that makes it.")
-        self.mask = mask.cpu()
-        self.pictures = len(mask)
+        self.mask = checked_mask(mask)
+        self.pictures = len(self.mask)
         self._cache: dict = {}
 
     def forget(self) -> None:

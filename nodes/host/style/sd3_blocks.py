@@ -126,7 +126,7 @@ class SD3Block(BlockReplacement):
         """The joint attention's result (rows, n, width), with the picture's part added to the last tokens."""
         call = self.call
         if q.shape[0] != call.count:
-            raise unknown(q.shape[0], call.count, options)
+            raise unknown(f"a block has {q.shape[0]} rows, in a batch of {call.count}", options)
         q, k, v = (t.flatten(2)[:, -call.target :] for t in (q, k, v))
         weight, whose = call.style.layers[self.layer]
         q, k = (self._normed(name, t, heads) for name, t in (("norm_q", q), ("norm_k", k)))
