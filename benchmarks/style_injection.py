@@ -275,8 +275,8 @@ def unet_case(args, dtype, case: str, channels: int, depth: tuple[int, int], cro
     for parameter in model.parameters():
         parameter.normal_(std=parameter[0].numel() ** -0.5) if parameter.ndim > 1 else parameter.fill_(1.0)
     patcher = comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    blocks = tuple((b, outer if b in LEVEL_2 else inner, name) for b, _, name in SDXL.blocks)
-    adapter = random_adapter(channels, cross, 1024, replace(SDXL, blocks=blocks), torch.float32)
+    shape = replace(SDXL, depths=(0, outer, inner), middle=inner)
+    adapter = random_adapter(channels, cross, 1024, shape, torch.float32)
     embeds = torch.randn(1, 1024, generator=torch.Generator().manual_seed(1))
     x, sigma = torch.randn(2, 4, side, side), torch.full((2,), 3.0)
     given = {"c_crossattn": torch.randn(2, 77, cross), "y": torch.randn(2, 2816)}

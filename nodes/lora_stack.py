@@ -52,7 +52,8 @@ class LoRAStackNode(io.ComfyNode):
                     "keyframes",
                     optional=True,
                     advanced=True,
-                    tooltip="Strength from step to step, from ComfyUI's Create Hook Keyframe nodes; it multiplies.",
+                    tooltip="Strength from step to step, from ComfyUI's Create Hook Keyframe nodes; it multiplies with "
+                    "strength.",
                 ),
                 PackLoRAStack.Input(
                     "lora_stack",
@@ -76,9 +77,9 @@ class LoRAStackNode(io.ComfyNode):
                     default="none",
                     optional=True,
                     advanced=True,
-                    tooltip="With a mask: what the layers get that have no place in the picture (text, reference "
-                    "pictures, time). none: nothing of this LoRA, so it stays in its region. whole: all of it, which "
-                    "is stronger and shows outside as well.",
+                    tooltip="With a mask: text, reference pictures and time have no place in the picture; what do they "
+                    "get of this LoRA? none: nothing, so it stays in its region. whole: all of it, which is stronger "
+                    "and shows outside as well.",
                 ),
             ],
             outputs=[
@@ -89,8 +90,8 @@ class LoRAStackNode(io.ComfyNode):
                 ),
                 PackLoRAStack.Output(
                     display_name="lora_stack",
-                    tooltip="The same for nodes of other packs. Only for unchanged files without a schedule: else the "
-                    "node that it is connected to is not run, and ComfyUI says why.",
+                    tooltip="The same for nodes of other packs: files with strengths. Where a LoRA is no file, or has "
+                    "a window, keyframes or a mask, the node connected here does not run, and ComfyUI says why.",
                 ),
                 io.String.Output(
                     display_name="report", tooltip="The LoRAs in their order, and what lora_stack cannot say of them."

@@ -15,5 +15,5 @@ def missing_keys_input() -> io.Combo.Input:
         optional=True,
         advanced=True,
         tooltip="What becomes of keys of the LoRA that find no place in the model. error: stop and name them. warn: go "
-        "on without them and say so in the report. Parts for a text encoder never stop.",
+        "on without them and say so in the report. Parts for a text encoder never stop the node.",
     )

@@ -130,10 +130,10 @@ class NoiseNegative(io.ComfyNode):
                     options=list(KINDS),
                     default=KINDS[0],
                     tooltip="fade: noise laid over the picture. dissolve: single values replaced by noise. gaussian: "
-                    "noise added. shuffle: the picture's pixels moved about, turned round, with noise.",
+                    "noise added. shuffle: pixels moved about, the picture turned upside down, with noise.",
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much noise; 0 is almost none."
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="How much noise; 0 is none."
                 ),
                 io.Int.Input("blur", default=0, min=0, max=32, tooltip="Side of a blur laid over it, in pixels."),
                 io.Int.Input(

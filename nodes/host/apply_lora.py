@@ -52,8 +52,8 @@ def apply_lora(model, clip, lora, strength: float, strength_clip: float, missing
         lines.append(f"{len(done)} of {len(patches)} patches on {name} at strength {strength:g}")
         if whole:
             lines.append(
-                f"{len(whole)} of them are on parameters that ComfyUI's own merge passes over, and are exchanged "
-                f"whole: {parameter_names(whole)}"
+                f"{len(whole)} of them on parameters that ComfyUI's own merge passes over, which this node sets "
+                f"itself: {parameter_names(whole)}"
             )
     else:
         done = set()

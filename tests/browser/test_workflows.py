@@ -70,7 +70,7 @@ def test_the_host_accepts_it(opened, client):
 
 
 def test_it_is_tidy(opened):
-    """No node lies on another, and none is too small for what is on it."""
+    """No node lies on another or over the edge of a group, and none is too small for what is on it."""
     _, _, front = opened
     nodes = front.nodes()
     small = [n["title"] for n in nodes if n["size"][0] < n["least"][0] - 1 or n["size"][1] < n["least"][1] - 1]
@@ -79,6 +79,14 @@ def test_it_is_tidy(opened):
                 if a["left"] < b["right"] and b["left"] < a["right"]
                 and a["top"] < b["bottom"] and b["top"] < a["bottom"]]
     assert overlaps == []
+    over = []
+    for group in front.graph()["groups"]:
+        left, top, width, height = group["bounding"]
+        right, bottom = left + width, top + height
+        over += [(n["title"], group["title"]) for n in nodes
+                 if n["left"] < right and left < n["right"] and n["top"] < bottom and top < n["bottom"]
+                 and not (left <= n["left"] and n["right"] <= right and top <= n["top"] and n["bottom"] <= bottom)]
+    assert over == []
 
 
 SEEN = """() => Array.from(document.querySelectorAll('[data-testid^="template-workflow-"]'))
@@ -111,3 +119,39 @@ def test_the_template_dialog_shows_them_all(client, front):
     page.wait_for_function("n => app.graph.nodes.length === n",
                            arg=len(json.loads(text_of("demo_image_to_lora"))["nodes"]))
     assert front.complaints == []
+
+
+# What nodes have got since 0.3.0, behind what they had: how many widgets, and which sockets.
+NEWER = {
+    "StyleLoomApplyLoRA": (1, set()),
+    "StyleLoomAsymmetricCFGSampler": (2, {"positive_mask", "negative_mask"}),
+    "StyleLoomContentSubtract": (0, {"content_pictures", "neutral_pictures"}),
+    "StyleLoomEncodeStyleImage": (2, {"mask"}),
+    "StyleLoomStyleBlockInjector": (3, set()),
+}
+
+
+def as_saved_before(workflow: dict) -> dict:
+    """The workflow as if its nodes had nothing newer: sockets, and the values of widgets, which a file lists in order."""
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        widgets, sockets = NEWER.get(node["type"], (0, set()))
+        assert all(entry["link"] is None for entry in node.get("inputs", []) if entry["name"] in sockets)
+        node["inputs"] = [entry for entry in node.get("inputs", []) if entry["name"] not in sockets]
+        if widgets:
+            node["widgets_values"] = node["widgets_values"][:-widgets]
+        for slot, entry in enumerate(node["inputs"]):
+            if entry["link"] is not None:
+                links[entry["link"]][4] = slot
+    return workflow
+
+
+@pytest.mark.parametrize("stem", ["asymmetric_cfg_compare", "content_subtract_sdxl", "style_and_layout_sdxl"])
+def test_a_workflow_saved_before_the_newer_inputs_opens_with_its_values(stem, whole):
+    before = as_saved_before(json.loads(text_of(stem)))
+    assert any(node["type"] in NEWER for node in before["nodes"])
+    whole.open(stem, json.dumps(before))
+    exported, meant = whole.export(), api_of(stem)
+    assert {node: entry["inputs"] for node, entry in exported.items()} == {
+        node: entry["inputs"] for node, entry in meant.items()}
+    assert whole.complaints == []

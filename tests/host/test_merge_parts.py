@@ -7,6 +7,7 @@ import dataclasses
 import sys
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,16 @@ def test_the_curve_of_a_training_run(part, host):
     assert list(drawn) == [5, 7]
     kind, picture, size = drawn[5]
     assert kind == "JPEG" and picture.size == (480, 240) and size == 480
+
+
+def test_a_prior_that_is_not_known_for_the_model_is_said(run_node):
+    def lora(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2)}
+        return {f"diffusion_model.layers.{layer}.attention.qkv.{end}": torch.randn(shape, generator=generator)
+                for layer in range(2) for end, shape in shapes.items()}  # fmt: skip
+
+    said = {prior: run_node("StyleLoomZipRankMerge", content_lora=lora(1), style_lora=lora(2), prior=prior)[1].splitlines()
+            for prior in ("soft", "none")}  # fmt: skip
+    assert sum("prior soft: known for SDXL only" in line for line in said["soft"]) == 1
+    assert not any("known for SDXL only" in line for line in said["none"]) and all(said["soft"]) and all(said["none"])

@@ -94,7 +94,7 @@ def test_precise_types(preset, two, sdxl, node, due, tokens, encode, texts):
     options = {"layout": layout} if two else {}
     patched, report = node(preset=preset, weight=w, boost=boost, **options)
     assert close(call(patched, texts["sdxl"]), due(plan))
-    assert "the sides turned round at 1.3: " in report and "0.7: " in report
+    assert "(the negative side sees the picture) at 1.3: " in report and "0.7: " in report
 
 
 def test_weights_by_frame_and_by_step(sdxl, node, due, tokens, encode, texts, run_node):

@@ -156,6 +156,16 @@ def test_qwen_image_21_has_a_row_that_belongs_to_both_sides():
     assert layouts.known and not layouts_of(object()).known
 
 
+def test_only_what_is_made_of_the_time_stands_twice():
+    """Twice the batch in any other layer is another thing: tokens as rows, for instance."""
+    layouts = layouts_of(type("Flux", (), {})())
+    for name in ("time_in.in_layer", "double_blocks.0.img_mod.lin", "single_blocks.3.modulation.lin",
+                 "double_stream_modulation_img.lin", "final_layer.adaLN_modulation.1"):  # fmt: skip
+        assert layouts.of(f"diffusion_model.{name}") == TWICE, name
+    for name in ("double_blocks.0.img_mlp.0", "single_blocks.0.linear1", "img_in", "final_layer.linear"):
+        assert layouts.of(f"diffusion_model.{name}") == BATCH, name
+
+
 # --- found out by running
 
 

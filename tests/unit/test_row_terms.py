@@ -13,7 +13,7 @@ from styleloom.weights.lora.low_rank import LowRank
 from styleloom.weights.row_adapters.forward import LayersWithTerms, ModelCall
 from styleloom.weights.row_adapters.layers import layer_of
 from styleloom.weights.row_adapters.low_rank import LowRankTerm, Observer
-from styleloom.weights.row_adapters.rows import BATCH, NEGATIVE, POSITIVE, TILED, UnknownRows, spans
+from styleloom.weights.row_adapters.rows import BATCH, NEGATIVE, POSITIVE, TILED, TWICE, UnknownRows, spans
 from styleloom.weights.row_adapters.terms import (
     BiasDifference,
     ConvLowRank,
@@ -293,7 +293,9 @@ def test_twice_the_batch_is_refused_unless_the_model_is_known_to_tile():
     order = (POSITIVE, NEGATIVE)
     with pytest.raises(UnknownRows):
         spans(order, 2, 4)
-    assert spans(order, 2, 4, TILED) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    assert spans(order, 2, 4, TWICE) == ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 3, 1))
+    with pytest.raises(UnknownRows):
+        spans(order, 2, 6, TWICE)
 
 
 @pytest.mark.parametrize("watched", [False, True])

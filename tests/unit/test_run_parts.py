@@ -50,7 +50,7 @@ def test_each_file_runs_once_and_neither_process_waits_for_the_other(suite, tmp_
     assert dict(ran)["test_c"] == dict(ran)["live_test_d"]
     # A line for each file and each failure comes first, and the output of both after it.
     shown, both = out.split("=== part 0 ===")
-    assert "FAILED test_b.py::test_test_b: AssertionError: gr\u00fcn" in shown and "[100%] test_a.py: 1 passed" in shown
+    assert "FAILED test_b.py::test_test_b: AssertionError: gr\u00fcn" in shown and "[100%]" in shown and "test_a.py: 1 passed" in shown
     assert "=== part 1 ===" in both and "gr\u00fcn" in both
     failed = json.loads((tmp_path / parts.LAST_FAILED).read_text())
     assert failed == {"test_b.py::test_test_b": True}

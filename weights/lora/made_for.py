@@ -100,8 +100,10 @@ def _double_and_single(layers) -> str:
     width = _width(layers, r"single_blocks_\d+_linear1$|double_blocks_\d+_(?:img|txt)_attn_(?:qkv|q|k|v)$")
     if width in (4096, 6144) or ratios & {9, -4}:
         return "FLUX.2"
-    own = r"_mod_lin$|single_blocks_\d+_modulation"
-    own += r"|single_transformer_blocks_\d+_(?:attn_to_[qkv]$|proj_mlp|norm_linear)"
+    own = (
+        r"_mod_lin$|single_blocks_\d+_modulation"
+        r"|single_transformer_blocks_\d+_(?:attn_to_[qkv]$|proj_mlp|norm_linear)"
+    )
     if ratios & {7, -5} or last[0] >= 8 or any(re.search(own, flat) for flat in layers):
         return "FLUX.1"
     return "FLUX.1 or FLUX.2"

@@ -55,8 +55,9 @@ class Layouts:
         return found
 
 
-# The time embedding may run a second time, for reference pictures at sigma 0. Other multiples are another node's doing.
-_REFERENCES = Layouts(((r"", TWICE),))
+# The time embedding may run a second time, for reference pictures at sigma 0, and with it what is made of it.
+_TIMES = (r"(_mod\.|modulation|time_in\.|time_text|t_embedder|vector_in\.|guidance_in\.)", TWICE)
+_REFERENCES = Layouts((_TIMES,))
 _WAN = Layouts(((r"(^|\.)time_embedding\.", EACH),))  # one time for each frame
 _EXPERTS = r"\.ff_i$"
 
@@ -67,9 +68,9 @@ _TABLE: Mapping[str, Layouts] = {
         Layouts(),
     ),
     "UNetModel": Layouts(((r"\.time_(stack|mixer|pos_embed)\.", CHUNKS),)),  # the frames of SVD are latents
-    **dict.fromkeys(("Flux", "NextDiT", "QwenImageTransformer2DModel", "LensTransformer2DModel"), _REFERENCES),
+    **dict.fromkeys(("Flux", "NextDiT", "QwenImageTransformer2DModel"), _REFERENCES),
     # lumina/model.py: one row for each patch
-    "NextDiTPixelSpace": Layouts(((r"(^|\.)dec_net\.", EACH), (r"", TWICE))),
+    "NextDiTPixelSpace": Layouts(((r"(^|\.)dec_net\.", EACH), _TIMES)),
     # pixart/pixartms.py: height and width as rows of their own; the prompts of all rows one after the other
     "PixArtMS": Layouts(((r"(^|\.)csize_embedder\.", EACH), (r"cross_attn\.kv_linear$", Layout("each", 1)))),
     # hydit/models.py, poolers.py
@@ -88,10 +89,12 @@ _TABLE: Mapping[str, Layouts] = {
         ("OmniGen2Transformer2DModel", "BooguTransformer2DModel", "Ideogram4Transformer2DModel", "ErnieImageModel"),
         Layouts(),
     ),
-    "MageFlowTransformer2DModel": _REFERENCES,
-    "JoyImageTransformer3DModel": Layouts(),
+    # lens, mage_flow, joyimage
+    **dict.fromkeys(
+        ("LensTransformer2DModel", "MageFlowTransformer2DModel", "JoyImageTransformer3DModel"), Layouts()
+    ),
     # krea2/model.py: tokens as rows
-    "SingleStreamDiT": Layouts(((r"(^|\.)txtfusion\.layerwise_blocks\.", EACH), (r"", TWICE))),
+    "SingleStreamDiT": Layouts(((r"(^|\.)txtfusion\.layerwise_blocks\.", EACH),)),
     "QwenImage21Transformer2DModel": Layouts(
         ((r"(^|\.)time_text_embed\..*linear_[12]$", ONE_MORE), (r"(^|\.)modulation\.1$", ONE_MORE))
     ),

@@ -19,12 +19,11 @@ class Layout:
 
     Attributes:
         kind: `BATCH`: as many rows as the batch has. `EACH`: a multiple of them; what belongs to one row of the batch
-            stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `TWICE`: so, but the
-            batch or twice the batch, and no other multiple. `ONE_MORE`: the batch
-            and one row behind it that belongs to every branch. `ONE_FOR_ALL`: one row that belongs to every branch,
-            and whose output may be repeated for each row of the batch. `CHUNKS`: any multiple of the number of chunks;
-            what belongs to one chunk stands together (frames of a video that are latents of their own). `UNKNOWN`: not
-            even as many rows as the batch has say anything.
+            stands together. `TILED`: a multiple; the whole batch, then the whole batch again. `TWICE`: the batch, or
+            the whole batch two times. `ONE_MORE`: the batch and one row behind it that belongs to every branch.
+            `ONE_FOR_ALL`: one row that belongs to every branch, and whose output may be repeated for each row of the
+            batch. `CHUNKS`: any multiple of the number of chunks; what belongs to one chunk stands together (frames of
+            a video that are latents of their own). `UNKNOWN`: not even as many rows as the batch has say anything.
         axis: On which axis they stand.
     """
 

@@ -82,7 +82,7 @@ class Conversion:
                 if (isinstance(default, str) and not isinstance(value, str)) or (
                     isinstance(default, (int, float)) and not isinstance(default, bool) and not number
                 ):
-                    self._note(f"{_name(node)}: {name} is {value!r}, which is no such value; {default!r} was taken")
+                    self._note(f"{_name(node)}: {name} is {value!r}, which this setting cannot have; {default!r} was taken")
                     node.values[name] = default
 
     # --- what a node is connected to
@@ -124,7 +124,8 @@ class Conversion:
 
     def _load(self, loader: Node, file: str) -> Place:
         made = self._once(
-            ("load", loader.id), lambda: self.graph.add(ours.LOAD, {"ipadapter_name": file}, {}, loader)
+            ("load", loader.id),
+            lambda: self.graph.add(ours.LOAD, {"ipadapter_name": file, "siglip_head": "none"}, {}, loader),
         )
         self._dropped.add(loader.id)
         return made.id, 0
@@ -334,7 +335,7 @@ class Conversion:
         if last is None:
             raise Left("no region has a picture")
         self._replace(node, last)
-        return f"{len(regions)} of Style Block Injector, one after the other"
+        return f"{len(regions)} Style Block Injectors, one after the other"
 
     def _regions(self, place: Place | None) -> list[Node]:
         node, _ = self._node(place)

@@ -112,10 +112,9 @@ class Plan:
     def otherwise(self) -> str:
         """What is done for patches that have no term."""
         return (
-            "weights that are changed at each use, with the branches one after the other"
+            "weights that are changed at each use, with the sides one after the other"
             if self.quantised
-            else "ComfyUI's weight hooks, which run the branches one after the other and patch these weights in every "
-            "step"
+            else "ComfyUI's weight hooks, which run the sides one after the other and patch these weights in every step"
         )
 
     def hook(self, branch: int, source: int, patches: dict) -> None:
@@ -254,7 +253,7 @@ def _patches_of(model, entry: BranchLoRA, label: str, missing: str) -> tuple[Map
             f"the {label} has no part for the diffusion model"
             + (f": all of its {len(text)} keys are for a text encoder" if text else ": it is empty"),
             "a LoRA with keys of the diffusion model",
-            "Apply a LoRA for the text encoder to the clip of this branch's prompt, with Apply LoRA or Load LoRA.",
+            "Apply a LoRA for the text encoder to the clip of this side's prompt, with Apply LoRA or Load LoRA.",
         )
     check_finite(lora, f"the {label}")
     missed: list[str] = []

@@ -101,7 +101,8 @@ class BranchRun:
         elif alone and not (self._apart or any(self._plan.hooks.values())):
             self._plan.tell(
                 "sampled with the sides one after the other: ComfyUI does so where memory is short, where the prompts "
-                "cannot be put side by side, and for models that take one picture at a time",
+                "cannot be put side by side (Z-Image and others: if one is longer), and for models that take one "
+                "picture at a time",
                 logging.INFO,
             )
 

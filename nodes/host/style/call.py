@@ -113,7 +113,7 @@ class Call:
             raise StyleLoomError(
                 f"{found}, and Style Block Injector has "
                 + ("a mask" if self.style.mask is not None else "one style per picture"),
-                "rows of which it is known what they show",
+                "the plain latents, so that it is known which part of the picture each row shows",
                 "Leave mask of Style Block Injector unconnected and choose the fusion concat or average, or leave the "
                 "other node out.",
             )
@@ -128,9 +128,9 @@ def unknown(found: str, options: Mapping) -> StyleLoomError:
     count = len(options.get("cond_or_uncond") or [0])
     return StyleLoomError(
         f"{found}, for {count} conditionings",
-        "rows of which it is known whether they are the positive or the negative side",
-        "Another node changes the batch (tiles, regional prompts) in a way that does not show whose each row is: give "
-        "the two sides different prompts, or leave that node out.",
+        "rows that are known to be on the positive or on the negative side",
+        "Another node changes the batch (tiles, regional prompts) in a way that does not show on which side a row is: "
+        "give the two sides different prompts, or leave that node out.",
     )
 
 

@@ -39,7 +39,7 @@ def injection_report(
             blocks.setdefault(what, []).append(f"{block[0]} {block[1]}{part}")
     away = set(AWAY_FROM.values())
     for (weight, whose), names in blocks.items():
-        how = f"{whose}, the sides turned round" if whose in away else whose
+        how = f"{whose} (the negative side sees the picture)" if whose in away else whose
         lines.append(f"  {how} at {weight:.4g}: {', '.join(names)}")
     said = ", ".join(f"{name} {count}" for name, count in counts.items())
     lines.append(f"references: {said}; fusion {fusion}")
