@@ -56,7 +56,7 @@ class Graph:
 
     def _read_editor(self, widgets: dict[str, tuple[str, ...]]) -> None:
         ends = {}
-        for link in (self.data.get("links") or []):
+        for link in self.data.get("links") or []:
             if isinstance(link, dict):
                 ends[link["id"]] = (link["origin_id"], link["origin_slot"])
             elif link:
@@ -146,7 +146,7 @@ class Graph:
         as_dicts = any(isinstance(link, dict) for link in (self.data.get("links") or []))
         links, goes, known = [], {}, {}
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        for link in (self.data.get("links") or []):
+        for link in self.data.get("links") or []:
             if not link:
                 continue
             ends = [link[name] for name in names[:5]] if as_dicts else link
