@@ -8,16 +8,21 @@ import logging
 import comfy.utils
 from comfy_api.latest import io
 
+from ..weights.dit import style_blocks
 from ..weights.errors import StyleLoomError
 from ..weights.unet import presets
 from ..weights.ip_adapter.combine import parse_numbers, repeat_last
+from ..weights.ip_adapter.dit_formats import DiTAdapter
 from ..weights.ip_adapter.formats import recognise
-from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS, project
+from ..weights.ip_adapter.keys_values import BY_MASK, FUSIONS, SCALINGS
+from ..weights.ip_adapter.siglip_head import PREFIX as SIGLIP_HEAD
 from ..weights.tensor_file import read_header
 from .host import folders
 from .host.style.cross_attentions import check_fit
 from .host.progress import Steps
-from .host.style.attention import StyleAttention
+from .host.style.dit_fit import check_settings
+from .host.style.install import install
+from .host.style.siglip_output import with_head
 from .host.style.references import Tokens, masks_of, one_by_one
 from .host.style.report import injection_report, injection_settings
 from .host.style.step_weights import StepWeights
@@ -25,6 +30,7 @@ from .host.style.vision_output import FITS, POSITIONS, encode_picture, places
 from .types import CATEGORY_STYLE, IPAdapter
 
 MAX_INPUTS = 64
+NO_FILE = "none"
 
 
 class LoadIPAdapter(io.ComfyNode):
@@ -34,9 +40,9 @@ class LoadIPAdapter(io.ComfyNode):
             node_id="StyleLoomLoadIPAdapter",
             display_name="Load IP-Adapter",
             category=CATEGORY_STYLE,
-            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors: base, light, plus, plus-face or full-face. "
-            "What it is and which image encoder it needs is read from its contents, whatever its name. FaceID kinds "
-            "are refused.",
+            description="Opens an IP-Adapter for SDXL, SD1.5 or Kolors (base, light, plus, plus-face or full-face), "
+            "FLUX.1 (XLabs, InstantX) or SD3.5-large (InstantX). What it is and which image encoder it needs is read "
+            "from its contents, whatever its name. FaceID kinds are refused.",
             search_aliases=["ipadapter", "ip adapter", "instantstyle", "style transfer", "image prompt"],
             inputs=[
                 folders.FileInput(
@@ -45,17 +51,25 @@ class LoadIPAdapter(io.ComfyNode):
                     tooltip="A file in models/ipadapter, .safetensors or .bin. For style: ip-adapter_sdxl_vit-h with "
                     "the ViT-H image encoder, or ip-adapter_sdxl with ViT-bigG.",
                     mark="to_k_ip.weight",
-                )
+                ),
+                folders.FileInput(
+                    "siglip_head",
+                    folders.VISION,
+                    tooltip="Only for InstantX's FLUX.1 adapter: the file of the SigLIP encoder, for its pooling head, "
+                    "which ComfyUI leaves out. model.safetensors of google/siglip-so400m-patch14-384.",
+                    mark=SIGLIP_HEAD,
+                    none=NO_FILE,
+                ),
             ],
             outputs=[IPAdapter.Output(display_name="ipadapter", tooltip="For Style Block Injector.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ipadapter_name):
-        return folders.state(folders.IPADAPTERS, ipadapter_name)
+    def fingerprint_inputs(cls, ipadapter_name, siglip_head=NO_FILE):
+        return folders.state(folders.IPADAPTERS, ipadapter_name) + folders.state(folders.VISION, siglip_head)
 
     @classmethod
-    def execute(cls, ipadapter_name) -> io.NodeOutput:
+    def execute(cls, ipadapter_name, siglip_head=NO_FILE) -> io.NodeOutput:
         path = folders.find(folders.IPADAPTERS, ipadapter_name)
         if path.endswith((".safetensors", ".sft")):
             read_header(path)  # says what is wrong with a damaged file in better words than the library
@@ -67,7 +81,7 @@ class LoadIPAdapter(io.ComfyNode):
                 ipadapter_name,
                 ", ".join(adapter.ignored),
             )
-        return io.NodeOutput(adapter)
+        return io.NodeOutput(with_head(adapter, siglip_head) if siglip_head != NO_FILE else adapter)
 
 
 class EncodeStyleImage(io.ComfyNode):
@@ -157,7 +171,7 @@ class StyleBlockInjector(io.ComfyNode):
             "another one.",
             search_aliases=["instantstyle", "ipadapter", "style transfer", "style only", "composition", "reference"],
             inputs=[
-                io.Model.Input("model", tooltip="An SDXL, SD1.5 or Kolors model; the one given stays as it is."),
+                io.Model.Input("model", tooltip="An SDXL, SD1.5, Kolors, FLUX.1 or SD3.5-large model."),
                 IPAdapter.Input("ipadapter", tooltip="From Load IP-Adapter."),
                 io.Autogrow.Input(
                     "style",
@@ -247,7 +261,7 @@ class StyleBlockInjector(io.ComfyNode):
                     optional=True,
                     tooltip="For preset custom and the precise ones. For example: output 1: 1, input 8: 0.5. Blocks "
                     "have ComfyUI's names, those of diffusers (up_blocks.0.attentions.1), or IPAdapter Plus's numbers "
-                    "(6).",
+                    "(6). FLUX.1: double 3: 1, single 10-37: 0.5.",
                 ),
                 io.Float.Input(
                     "boost",
@@ -317,14 +331,19 @@ class StyleBlockInjector(io.ComfyNode):
         if not references:
             raise StyleLoomError("style is not connected", "an encoded picture", "Connect Encode Style Image to style.")
         architecture = check_fit(model, ipadapter)
-        chosen = presets.choose(architecture, preset, weight, layout_weight, layout is not None, block_weights, boost)
+        weights = parse_numbers(reference_weights, "reference_weights")
+        strengths = preset, weight, layout_weight, layout is not None, block_weights
+        if isinstance(ipadapter, DiTAdapter):
+            check_settings(ipadapter, scaling, fusion, weights)
+            chosen = style_blocks.choose(architecture, ipadapter.name, *strengths)
+        else:
+            chosen = presets.choose(architecture, *strengths, boost)
         used = {whose for _, whose in chosen.values()}
         notes = []
         if layout is not None and not used & {presets.LAYOUT, *presets.AWAY_FROM.values()}:
             notes.append(f"layout is connected, but preset {preset} shows it to no layer")
         if block_weights.strip() and preset != presets.CUSTOM and not presets.is_precise(preset):
             notes.append(f"block_weights count only in preset custom and the precise ones; preset is {preset}")
-        weights = parse_numbers(reference_weights, "reference_weights")
         steps = parse_numbers(step_weights, "step_weights")
         settings = injection_settings(start_percent, end_percent, mask, negative, weights, steps)
         report = functools.partial(injection_report, ipadapter, architecture, preset, chosen)
@@ -345,9 +364,8 @@ class StyleBlockInjector(io.ComfyNode):
         over = StepWeights(steps, start_percent, end_percent) if steps else None
         for i, group in enumerate(groups):
             made = Tokens(ipadapter, used, group, [] if layout is None else [layout], negative, fusion, each[i])
-            dtype = model.model.get_dtype_inference()
-            layers = project(ipadapter, chosen, made.keys, scaling, dtype, progress, made.values)
-            patched = StyleAttention(layers, masks[i], start_percent, end_percent, over).install(patched)
+            when = {"mask": masks[i], "start": start_percent, "end": end_percent, "steps": over}
+            patched = install(patched, ipadapter, chosen, made, scaling, progress, **when)
             counts = {name: counts.get(name, 0) + n if name == presets.STYLE else n for name, n in made.counts.items()}
             notes += made.notes
         for note in notes:

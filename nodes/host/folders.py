@@ -21,6 +21,7 @@ REFERENCES = "i2l_references"
 LORAS = "loras"
 IPADAPTERS = "ipadapter"
 STYLE_ENCODINGS = "style_encodings"
+VISION = "clip_vision"
 
 # In use by other packs for the same files: yipeeka and gajjar4, mxli-1999, HM-RunningHub.
 _IN_USE = ("I2L", "z_image_i2l", "DiffSynth-Studio")
@@ -97,13 +98,16 @@ class FileInput(io.Combo.Input):
     browser or an input is checked against it: both go through `as_dict`.
     """
 
-    def __init__(self, id: str, category: str, tooltip: str, mark: str = ""):
-        super().__init__(id, options=[], tooltip=tooltip)
+    def __init__(self, id: str, category: str, tooltip: str, mark: str = "", none: str = ""):
+        """none: what stands for no file; with it the input is optional, and that is its default."""
+        may = {"optional": True, "advanced": True, "default": none} if none else {}
+        super().__init__(id, options=[none] if none else [], tooltip=tooltip, **may)
         self.category = category
         self.mark = mark
+        self.none = [none] if none else []
 
     def as_dict(self) -> dict:
-        return super().as_dict() | {"options": listed(self.category, self.mark)}
+        return super().as_dict() | {"options": [*self.none, *listed(self.category, self.mark)]}
 
 
 def find(category: str, name: str) -> str:

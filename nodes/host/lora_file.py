@@ -25,7 +25,10 @@ def load_lora_file(name: str) -> LoRAModel:
         read_header(path)  # says what is wrong with a damaged file in better words than the library
     tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     check_lora(tensors, name)
-    return LoRAModel(kohya_names(tensors), metadata, name)
+    made = kohya_names(tensors)
+    # The host knows diffusers' older names, those with `.processor.`.
+    renamed = any(".processor." not in key for key in tensors.keys() - made.keys())
+    return LoRAModel(made, metadata, name, renamed=renamed)
 
 
 def said_of_itself(lora: LoRAModel) -> tuple[str, str, str]:

@@ -123,6 +123,11 @@ def to_tuples(entries: Entries) -> tuple[list[tuple[str, float, float]] | None, 
                 f"LoRA {number} is no file in models/loras as it is: it was predicted, merged, filtered, or is in a "
                 "hook. Save it with Save LoRA File and load the file with Load LoRA File"
             )
+        if getattr(entry.lora, "renamed", False):
+            return None, (
+                f"LoRA {number} ({name}) has names of layers that ComfyUI's own loader does not know, so that other "
+                "nodes would lose them. Save it with Save LoRA File and load that file with Load LoRA File"
+            )
         more = [field for field, default in _DEFAULTS.items() if not _same(getattr(entry, field), default)]
         if more:
             return None, (

@@ -55,6 +55,23 @@ def test_loading_applying_and_core(pair, run_node, models):
     assert same(run_node("LoraModelLoader", model=model, lora=ours, strength_model=0.7)[0], due)
 
 
+def test_other_packs_are_not_given_what_they_would_lose(pair, run_node, models, host):
+    """A LORA_STACK names the file, and ComfyUI's own loader finds nothing in it."""
+    ours, kohya, raw = pair
+    assert not run_node("LoraModelLoader", model=models["sdxl"][0], lora=dict(raw), strength_model=1.0)[0].patches
+    made, tuples, report = run_node("StyleLoomLoRAStack", lora=ours, strength=0.7)
+    assert made[0].lora is ours and type(tuples).__name__ == "ExecutionBlocker"
+    assert "names of layers that ComfyUI's own loader does not know" in report
+    assert run_node("StyleLoomLoRAStack", lora=kohya, strength=0.7)[1] == [(kohya.source, 0.7, 0.7)]
+    # diffusers' older names, which the host knows.
+    older = {key.replace(".to_", ".processor.to_").replace("to_out.0", "to_out").replace(".lora.", "_lora."): tensor
+             for key, tensor in raw.items()}  # fmt: skip
+    assert len(run_node("LoraModelLoader", model=models["sdxl"][0], lora=older, strength_model=1.0)[0].patches)
+    save_file(older, str(host.base / "models" / "loras" / "dotted" / "older.safetensors"))
+    loaded = run_node("StyleLoomLoadLoRA", lora_name="dotted/older.safetensors")[0]
+    assert run_node("StyleLoomLoRAStack", lora=loaded, strength=0.7)[1] == [(loaded.source, 0.7, 0.7)]
+
+
 @pytest.mark.parametrize("preset", ["style blocks", "content blocks"])
 def test_the_filter_and_merges(preset, pair, run_node, models):
     ours, kohya, raw = pair

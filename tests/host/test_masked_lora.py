@@ -182,6 +182,24 @@ def test_content_style_and_merged_rows_are_what_the_host_merges(loras, prepared,
     assert not patcher.additional_models
 
 
+def test_training_on_a_class_that_is_in_no_table(prepared, model, ours):
+    """It may turn the rows of its batch round between two layers, and their number says nothing of it."""
+    masked, train_masks = ours("nodes.host.merge.masked_lora"), ours("nodes.host.merge.train_masks")
+    patcher = model()
+    net = patcher.model.diffusion_model
+    patcher.model.model_sampling = None
+    patcher.model.get_dtype_inference = lambda: torch.float32
+    patcher.model.apply_model = lambda x, sigma, **_: net["linear"](x.flip(0)).flip(0)
+    x, sigma = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(7)).double(), torch.ones(2)
+    rows = [masked.CONTENT, masked.STYLE]
+    with masked.MaskedLoRA(patcher, masked.stacked_ranks(prepared)) as lora:
+        trainer = train_masks.Trainer(patcher, lora, None, None)
+        both = trainer.predict(x, sigma, rows, [{}, {}])
+        for i in range(2):
+            alone = trainer.predict(x[i : i + 1], sigma[i : i + 1], rows[i : i + 1], [{}])
+            torch.testing.assert_close(both[i : i + 1], alone)
+
+
 def test_nothing_is_kept_when_the_block_is_left(prepared, model, ours):
     masked = ours("nodes.host.merge.masked_lora")
     patcher = model()

@@ -108,24 +108,6 @@ def mlp(width, tokens, cross):
             "norm.weight": empty(cross), "norm.bias": empty(cross)}  # fmt: skip
 
 
-# Published in the same two parts, for models without a UNet: sizes of InstantX's files for FLUX.1-dev and SD3.5-large.
-TRANSFORMERS = {
-    "FLUX.1 .InstantX.": {"image_proj": mlp(1152, 128, 4096), "ip_adapter": {
-        f"{i}.to_{part}_ip.weight": empty(3072, 4096) for i in range(57) for part in "kv"}},
-    "SD3.5 .InstantX.": {"image_proj": plus(1152, 1280, 20, 2432, tokens=64) | {"time_proj.weight": empty(1)},
-                         "ip_adapter": {"0.to_k_ip.weight": empty(2432, 2432), "0.norm_ip_k.weight": empty(64)}},
-    "FLUX.1 .XLabs.": {"ip_adapter_proj_model.proj.weight": empty(16384, 768),
-                       "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": empty(3072, 4096)},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_those_for_transformers_are_named(name):
-    with pytest.raises(StyleLoomError, match=f"an IP-Adapter for {name}, a transformer") as error:
-        recognise("a file", TRANSFORMERS[name])
-    assert "Face" not in str(error.value) and "insightface" not in str(error.value)
-
-
 def test_a_few_keys_too_many_are_reported_and_left_out():
     """Everything that is needed is there: what else the file holds is named, and the rest is as without it."""
     ip, more = GOOD[1] | {"7.to_q_ip.weight": empty(1, 1)}, {"optimizer": empty(1), "steps": {"count": empty(1)}}

@@ -16,11 +16,12 @@ import torch
 from ..clip_space.towers import BIG_G, VIT_H, VIT_L, VIT_L_336, ImageTower
 from ..errors import StyleLoomError
 from ..unet.architecture import ARCHITECTURES, SDXL, Architecture
+from .dit_formats import DiTAdapter, recognise_transformer, unpacked
 
 BASE, PLUS, FULL = "base", "plus", "full"
 HEAD = 64  # width of a head of the published resamplers
 _STRAY = 8  # keys that may be left over: more are a part of a kind that is not known
-_FACE, _SIGLIP = 512, 1152  # widths of a face vector of insightface and of SigLIP so400m
+_FACE = 512  # width of a face vector of insightface
 
 # (kind of feature, width) → the encoder that has it
 _EMBEDS = {tower.projection: tower for tower in (VIT_H, BIG_G, VIT_L)}
@@ -97,8 +98,6 @@ def _parts(name: str, tensors: Mapping) -> tuple[dict[str, torch.Tensor], dict[s
         else:
             stray.append(str(key))
     if not parts["image_proj"] or not parts["ip_adapter"]:
-        if any("ip_adapter_double_stream" in str(key) for key in tensors):
-            raise _refuse_transformer(name, "FLUX.1 (XLabs)")
         first = ", ".join(list(map(str, tensors))[:3]) or "none"
         raise _refuse(name, f"this is no IP-Adapter (first keys: {first})")
     strange = [key for part in parts.values() for key, value in part.items() if not isinstance(value, torch.Tensor)]
@@ -107,29 +106,15 @@ def _parts(name: str, tensors: Mapping) -> tuple[dict[str, torch.Tensor], dict[s
     return parts["image_proj"], parts["ip_adapter"], stray
 
 
-def _refuse_transformer(name: str, model: str) -> StyleLoomError:
-    return _refuse(
-        name,
-        f"this is an IP-Adapter for {model}, a transformer: its layers are not those of a UNet, and which of them make "
-        "style is another question",
-        "Use it with the node pack of its publisher; here use an IP-Adapter for SDXL, SD1.5 or Kolors.",
-    )
-
-
 def _refuse_others(name: str, proj: Mapping[str, torch.Tensor], ip: Mapping[str, torch.Tensor]) -> None:
-    """What is published in the same two parts and reads no CLIP picture, or is for no UNet.
+    """What is published in the same two parts and reads no picture.
 
     Sizes: tencent-ailab/IP-Adapter (`ip_adapter_faceid.py`: 512 numbers a face), InstantX's InstantID (a resampler over
-    the same 512), FLUX.1-dev-IP-Adapter (an MLP over SigLIP's 1152), SD3.5-large-IP-Adapter (a resampler over SigLIP's
-    1152 and the time step).
+    the same 512).
     """
     first = proj.get("proj.0.weight", proj.get("proj_in.weight"))
     width = first.shape[-1] if first is not None and first.ndim else 0
     plain_mlp = "proj.2.weight" in proj and "proj.3.weight" not in proj
-    if width == _SIGLIP and plain_mlp:
-        raise _refuse_transformer(name, "FLUX.1 (InstantX)")
-    if width == _SIGLIP and any(key.startswith("time") for key in proj):
-        raise _refuse_transformer(name, "SD3.5 (InstantX)")
     resampler = "latents" in proj and width == _FACE
     if any("lora" in key for key in ip) or any(key.startswith("perceiver_resampler.") for key in proj):
         what = "a FaceID"
@@ -177,8 +162,8 @@ def _layers(
     return layers, cross, stray
 
 
-def recognise(name: str, tensors: Mapping) -> Adapter:
-    """Sort the tensors of a file.
+def recognise(name: str, tensors: Mapping) -> Adapter | DiTAdapter:
+    """Sort the tensors of a file. Those for transformers: see `dit_formats.py`.
 
     Args:
         name: for messages. tensors: the file's content, nested or flat.
@@ -188,10 +173,13 @@ def recognise(name: str, tensors: Mapping) -> Adapter:
         the training in the file.
 
     Raises:
-        StyleLoomError: no IP-Adapter; a FaceID kind; one for a transformer; halves missing; sizes that contradict one
-            another; more than a few keys that are not known.
+        StyleLoomError: no IP-Adapter; a FaceID kind; halves missing; sizes that contradict one another; more than a
+            few keys that are not known.
     """
-    proj, ip, stray = _parts(name, tensors)
+    proj, ip, stray = _parts(name, unpacked(tensors))
+    transformer = recognise_transformer(name, proj, ip, stray)
+    if transformer is not None:
+        return transformer
     _refuse_others(name, proj, ip)
     layers, cross, more = _layers(name, ip)
     architecture = next((a for a in ARCHITECTURES if sorted(a.file_numbers.values()) == sorted(layers)), None)

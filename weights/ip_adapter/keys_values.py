@@ -23,6 +23,7 @@ from ..parallel import map_single_threaded
 from ..row_adapters.rows import NEGATIVE, POSITIVE
 from ..unet.architecture import Layer
 from .combine import AVERAGE, WAYS, combine
+from .dit_formats import DiTAdapter
 from .formats import BASE, Adapter
 from .projections import image_tokens
 
@@ -47,7 +48,7 @@ class KeysValues(NamedTuple):
 
 
 def fuse(
-    adapter: Adapter,
+    adapter: Adapter | DiTAdapter,
     references: torch.Tensor,
     negative: torch.Tensor | None,
     fusion: str,
@@ -57,8 +58,8 @@ def fuse(
 
     Args:
         references: features of the reference pictures, first axis the pictures.
-        negative: features for the unconditional side. None: kind base takes zeros in the place of the embedding, as
-            published; the other kinds need the features of an empty picture.
+        negative: features for the unconditional side. None: kind base and those for transformers take zeros in the
+            place of the embedding, as published; the other kinds need the features of an empty picture.
         fusion: concat (and one per mask, for one reference at a time) puts the tokens of all references side by side;
             average and the other `combine.WAYS` make one of the features; one per picture keeps them apart, and
             repeats the last where there are fewer references than weights or negatives, or the other way round.
@@ -71,28 +72,40 @@ def fuse(
     Raises:
         StyleLoomError: no reference, no features for the unconditional side.
     """
-    if not len(references):
-        raise StyleLoomError("style is an empty batch", "at least one encoded picture", "Look at the node before.")
-    if negative is None:
-        if adapter.kind != BASE:
-            raise StyleLoomError(
-                f"{adapter.name} is a {adapter.kind} adapter, and what it does without a picture is not known",
-                "for the negative side of guidance, the encoding of an empty picture",
-                "Encode the style with Encode Style Image, which brings it along; or connect an encoded empty (or "
-                "unwanted) picture to negative.",
-            )
-        negative = references.new_zeros(1, adapter.width)
-    if fusion in WAYS:
-        references, negative = combine(references, fusion, weights), combine(negative, AVERAGE)
-    elif fusion == EACH:
-        count = max(len(references), len(negative), len(weights or ()))
-        references, negative = (_repeat_last(t, count) for t in (references, negative))
+    references, negative = sides_of(adapter, references, negative, fusion, weights)
     both = torch.cat([references.float(), negative.to(references.device, torch.float32)])
     cond, uncond = image_tokens(adapter, both).split([len(references), len(negative)])
     if fusion == EACH:
         return _sides(cond, uncond)
     cond, uncond = (t.flatten(0, 1)[None] for t in (cond, uncond))
     return _evened(cond, uncond)
+
+
+def sides_of(
+    adapter: Adapter | DiTAdapter,
+    references: torch.Tensor,
+    negative: torch.Tensor | None,
+    fusion: str,
+    weights: Sequence[float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the positive and of the negative side, first axis the pictures; see `fuse`."""
+    if not len(references):
+        raise StyleLoomError("style is an empty batch", "at least one encoded picture", "Look at the node before.")
+    if negative is None:
+        if not isinstance(adapter, DiTAdapter) and adapter.kind != BASE:
+            raise StyleLoomError(
+                f"{adapter.name} is a {adapter.kind} adapter, and what it does without a picture is not known",
+                "for the negative side of guidance, the encoding of an empty picture",
+                "Encode the style with Encode Style Image, which brings it along; or connect an encoded empty (or "
+                "unwanted) picture to negative.",
+            )
+        negative = references.new_zeros(1, *references.shape[1:])
+    if fusion in WAYS:
+        references, negative = combine(references, fusion, weights), combine(negative, AVERAGE)
+    elif fusion == EACH:
+        count = max(len(references), len(negative), len(weights or ()))
+        references, negative = (_repeat_last(t, count) for t in (references, negative))
+    return references, negative
 
 
 def weighted(made: torch.Tensor, fusion: str, weights: Sequence[float] | None, tokens: int) -> torch.Tensor:
@@ -216,6 +229,7 @@ def project(
         for layer, result in zip(chosen, results):
             done[layer] = result
             on_layer()
+    _let_go(adapter)
     return done
 
 
@@ -238,8 +252,14 @@ def _kept(adapter: Adapter, tokens: torch.Tensor) -> dict[tuple[str, Layer], tor
     of_adapter: OrderedDict = _by_adapter.setdefault(adapter, OrderedDict())
     found = of_adapter.setdefault(mark, {})
     of_adapter.move_to_end(mark)
+    return found
+
+
+def _let_go(adapter: Adapter) -> None:
+    """What was used longest ago is no longer kept, until the rest is within bounds: a picture for each frame of a long
+    video may be more than that by itself."""
+    of_adapter = _by_adapter.get(adapter, OrderedDict())
     sizes = [sum(t.nbytes for t in layers.values()) for layers in of_adapter.values()]
-    while len(of_adapter) > 1 and sum(sizes) > _KEPT_BYTES:
+    while sizes and sum(sizes) > _KEPT_BYTES:
         of_adapter.popitem(last=False)
         sizes.pop(0)
-    return found

@@ -10,15 +10,19 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import StyleLoomError
+from .dit_formats import INSTANTX, XLABS, DiTAdapter
 from .formats import BASE, FULL, HEAD, Adapter, depth
 
+_VECTOR = (BASE, XLABS, INSTANTX)  # kinds that read one vector of a picture
 
-def image_tokens(adapter: Adapter, features: torch.Tensor) -> torch.Tensor:
+
+def image_tokens(adapter: Adapter | DiTAdapter, features: torch.Tensor) -> torch.Tensor:
     """Project features.
 
     Args:
         adapter: from `formats.recognise`.
-        features: (pictures, width) for kind base, (pictures, tokens, width) otherwise; any float dtype and device.
+        features: (pictures, width) for the kinds that read one vector, (pictures, tokens, width) otherwise; any float
+            dtype and device.
 
     Returns:
         (pictures, tokens, cross) fp32 on the device of the features.
@@ -26,7 +30,7 @@ def image_tokens(adapter: Adapter, features: torch.Tensor) -> torch.Tensor:
     Raises:
         StyleLoomError: features of another size, or NaN.
     """
-    ndim = 2 if adapter.kind == BASE else 3
+    ndim = 2 if adapter.kind in _VECTOR else 3
     if features.ndim != ndim or features.shape[-1] != adapter.width:
         raise StyleLoomError(
             f"{adapter.feature} is {list(features.shape)}",
@@ -34,7 +38,8 @@ def image_tokens(adapter: Adapter, features: torch.Tensor) -> torch.Tensor:
             f"Encode the picture with {adapter.encoder.file}." if adapter.encoder else "Use the adapter's encoder.",
         )
     x = features.float()
-    tokens = {BASE: _linear, FULL: _mlp}.get(adapter.kind, _resampler)(_Weights(adapter, x.device), x)
+    made_by = {BASE: _linear, XLABS: _linear, INSTANTX: _wide_mlp, FULL: _mlp}.get(adapter.kind, _resampler)
+    tokens = made_by(_Weights(adapter, x.device), x)
     if not bool(tokens.isfinite().all()):
         raise StyleLoomError(
             f"the image tokens of {adapter.name} are not finite",
@@ -47,7 +52,7 @@ def image_tokens(adapter: Adapter, features: torch.Tensor) -> torch.Tensor:
 class _Weights:
     """The tensors of `image_proj`, cast when they are asked for and not kept."""
 
-    def __init__(self, adapter: Adapter, device: torch.device):
+    def __init__(self, adapter: Adapter | DiTAdapter, device: torch.device):
         self.adapter, self.device = adapter, device
 
     def __call__(self, key: str) -> torch.Tensor | None:
@@ -64,6 +69,12 @@ class _Weights:
 def _linear(w: _Weights, x: torch.Tensor) -> torch.Tensor:
     """LayerNorm(reshape(W x + b))."""
     return w.norm(w.linear(x, "proj").view(len(x), -1, w.adapter.cross), "norm")
+
+
+def _wide_mlp(w: _Weights, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm(reshape(W₂ gelu(W₀ x + b₀) + b₂)), from one vector to all tokens (InstantX, FLUX.1)."""
+    wide = w.linear(F.gelu(w.linear(x, "proj.0")), "proj.2")
+    return w.norm(wide.view(len(x), -1, w.adapter.cross), "norm")
 
 
 def _mlp(w: _Weights, x: torch.Tensor) -> torch.Tensor:

@@ -17,15 +17,21 @@ class LoRAModel(dict):
     """A LORA_MODEL: the host's plain dict of tensors in LoRA-file keys, which also remembers its recipe.
 
     `metadata` holds strings for the header of a file, `source` is the name of the file that it was read from, if it
-    was. Consumers that know nothing of them see a dict.
+    was, and `renamed` says that the host finds no place for the keys as they are in that file. Consumers that know
+    nothing of them see a dict.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor] = (), metadata: Mapping[str, str] | None = None, source: str = ""
+        self,
+        tensors: Mapping[str, torch.Tensor] = (),
+        metadata: Mapping[str, str] | None = None,
+        source: str = "",
+        renamed: bool = False,
     ):
         super().__init__(tensors)
         self.metadata = dict(metadata or {})
         self.source = source
+        self.renamed = renamed
 
 
 def to_lora_model(factors: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> LoRAModel:

@@ -23,7 +23,12 @@ INJECT, NOISE, WEIGHTS = "StyleLoomStyleBlockInjector", "StyleLoomNoiseNegative"
 SAVE, OPEN, SET_MASK = "StyleLoomSaveStyleEncoding", "StyleLoomLoadStyleEncoding", "ConditioningSetMask"
 
 SHAPES = {
-    LOAD: Shape("Load IP-Adapter", (), (("ipadapter_name", "COMBO", ""),), (("ipadapter", ADAPTER),)),
+    LOAD: Shape(
+        "Load IP-Adapter",
+        (),
+        (("ipadapter_name", "COMBO", ""), ("siglip_head", "COMBO", "none")),
+        (("ipadapter", ADAPTER),),
+    ),
     CLIP: Shape("Load CLIP Vision", (), (("clip_name", "COMBO", ""),), (("CLIP_VISION", "CLIP_VISION"),)),
     ENCODE: Shape(
         "Encode Style Image",

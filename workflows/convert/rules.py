@@ -124,7 +124,8 @@ class Conversion:
 
     def _load(self, loader: Node, file: str) -> Place:
         made = self._once(
-            ("load", loader.id), lambda: self.graph.add(ours.LOAD, {"ipadapter_name": file}, {}, loader)
+            ("load", loader.id),
+            lambda: self.graph.add(ours.LOAD, {"ipadapter_name": file, "siglip_head": "none"}, {}, loader),
         )
         self._dropped.add(loader.id)
         return made.id, 0

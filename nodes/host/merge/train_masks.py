@@ -20,6 +20,7 @@ import comfy.samplers
 import torch
 
 from ....weights.merge.objective import MAX_MASK, Best, MaskVector, prior_loss
+from ....weights.row_adapters.layouts import layouts_of
 from ....weights.row_adapters.masked import CONTENT, MERGED, STYLE
 from ....weights.row_adapters.rows import UnknownRows
 from .gradients import AddOutOfPlace
@@ -83,7 +84,9 @@ class Trainer:
         dtype = model.model.get_dtype_inference()
         self.autocast = None if dtype == torch.float32 else dtype
         self.teachers: list[tuple] = []
-        self._apart = False
+        layouts = layouts_of(model.model.diffusion_model)
+        # A class that turns its rows round, or may do so, gets the rows of one LoRA at a time.
+        self._apart = layouts.swaps or not layouts.known
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, rows: list[int], conds: list[dict], masks=None):
         """x0 of each row, in one call of the model where the prompts can be put side by side.

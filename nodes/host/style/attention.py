@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -24,7 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from ....weights.unet.architecture import Layer
 from ....weights.ip_adapter.keys_values import KeysValues
 from ..areas import note_areas
-from ..batch_rows import noting, rows_of
+from ..batch_rows import Rows, noting, rows_of
 from ..batch_sides import BatchSides
 from ..repeated_rows import tracing
 from .call import Call, known
@@ -111,20 +111,31 @@ class StyleAttention:
         if not self._is_on(executor.class_obj, t):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         rows = rows_of(self.sides, options, len(x), {"c_concat": c_concat, "c_crossattn": c_crossattn, **kwargs})
-        call = Call(self, options, x, known(rows, len(x), options))
+        call = self.make_call(executor.class_obj, options, x, t, known(rows, len(x), options))
         if self.steps is not None:
             call.factor = self.steps.at(executor.class_obj.model_sampling, float(t.flatten()[0]))
+
+        def run(options):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+        return self.inject(call, run, unet, options, x)
+
+    def make_call(self, model, options, x: torch.Tensor, t: torch.Tensor, rows: Rows) -> Call:
+        """What the layers of this call have in common."""
+        return Call(self, options, x, rows)
+
+    def inject(self, call: Call, run: Callable, unet, options: Mapping, x: torch.Tensor):
+        """The model's output with the pictures: `run(options)` with options that have the layers' replacements."""
         if is_compiled(unet, options):
             with forwards(call, unet, self.layers, options, x):
-                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+                return run(options)
         options = tracing(options, unet)
         replace = options.get("patches_replace", {})
         attn2 = dict(replace.get("attn2", {}))
         for layer in self.layers:
             before = attn2.get(layer) or attn2.get(layer[:2])
             attn2[layer] = Replacement(call, layer, before)
-        options = {**options, "patches_replace": {**replace, "attn2": attn2}}
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return run({**options, "patches_replace": {**replace, "attn2": attn2}})
 
     def tell(self, name: str, count: int, total: int) -> None:
         """Says once a run that there are more or fewer pictures than are being made."""

@@ -103,7 +103,7 @@ class Call:
         """The side of each row of a layer whose rows another node's patch repeats."""
         places = extra_options.get(REPEATED) or ()
         if len(places) != rows:
-            raise unknown(rows, self.count, extra_options)
+            raise unknown(f"a layer has {rows} rows, in a batch of {self.count}", extra_options)
         self._needs_plain("Another node gives each region of the picture rows of its own (Attention Couple)")
         return tuple(self.sides[place * len(self.sides) // self.count] for place in places)
 
@@ -123,11 +123,11 @@ def _no_gradients() -> bool:
     return not torch.is_grad_enabled()
 
 
-def unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
-    """The error for rows of which nobody can tell the side."""
+def unknown(found: str, options: Mapping) -> StyleLoomError:
+    """The error for rows of which nobody can tell the side; found: which rows."""
     count = len(options.get("cond_or_uncond") or [0])
     return StyleLoomError(
-        f"a layer has {rows} rows, in a batch of {batch}, for {count} conditionings",
+        f"{found}, for {count} conditionings",
         "rows that are known to be on the positive or on the negative side",
         "Another node changes the batch (tiles, regional prompts) in a way that does not show on which side a row is: "
         "give the two sides different prompts, or leave that node out.",
@@ -137,5 +137,5 @@ def unknown(rows: int, batch: int, options: Mapping) -> StyleLoomError:
 def known(rows: Rows | None, count: int, options: Mapping) -> Rows:
     """The rows, or an error where they are not known."""
     if rows is None:
-        raise unknown(count, count, options)
+        raise unknown(f"the model is given {count} rows", options)
     return rows

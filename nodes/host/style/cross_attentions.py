@@ -6,7 +6,10 @@ import torch
 
 from ....weights.errors import StyleLoomError
 from ....weights.unet.architecture import ARCHITECTURES, SDXL, Architecture, Layer
+from ....weights.dit.style_blocks import DiTArchitecture
+from ....weights.ip_adapter.dit_formats import DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
+from .dit_fit import check_transformer
 
 
 def cross_attentions(unet) -> dict[Layer, object]:
@@ -32,12 +35,14 @@ def _is_kolors(unet) -> bool:
     return getattr(first, "in_features", 0) == _KOLORS_SIZES
 
 
-def check_fit(model, adapter: Adapter) -> Architecture:
+def check_fit(model, adapter: Adapter | DiTAdapter) -> Architecture | DiTArchitecture:
     """The architecture of a model, once the adapter is known to fit it layer by layer.
 
     Raises:
         StyleLoomError: another kind of model than the adapter's, or another width of its layers or of its text.
     """
+    if isinstance(adapter, DiTAdapter):
+        return check_transformer(model, adapter)
     unet = model.model.diffusion_model
     layers = cross_attentions(unet)
     name = type(model.model).__name__

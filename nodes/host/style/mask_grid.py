@@ -76,12 +76,22 @@ class MaskGrid:
         self, q: torch.Tensor, options: Mapping, areas: tuple[Area | None, ...], frames: tuple[int, ...]
     ) -> torch.Tensor:
         """(1 or rows of q, tokens, 1) in the dtype and on the device of q (rows, tokens, width)."""
-        size = grid(q.shape[1], options)
-        key = (size, areas, frames if self.pictures > 1 else (), len(q), q.device, q.dtype)
+        return self.tokens(grid(q.shape[1], options), areas, frames, len(q), q)
+
+    def tokens(
+        self,
+        size: tuple[int, int],
+        areas: tuple[Area | None, ...],
+        frames: tuple[int, ...],
+        rows: int,
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        """(1 or rows, tokens, 1) for tokens of a known grid, in the dtype and on the device of `like`."""
+        key = (size, areas, frames if self.pictures > 1 else (), rows, like.device, like.dtype)
         if key not in self._cache:
             if len(self._cache) > 64:
                 self._cache = {}
-            self._cache[key] = self._make(size, areas, frames, len(q)).to(q.device, q.dtype)
+            self._cache[key] = self._make(size, areas, frames, rows).to(like.device, like.dtype)
         return self._cache[key]
 
     def levels(

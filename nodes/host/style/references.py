@@ -10,14 +10,18 @@ import torch
 
 from ....weights.errors import StyleLoomError
 from ....weights.ip_adapter.combine import repeat_last
+from ....weights.ip_adapter.dit_formats import INSTANTX_SD3, DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
-from ....weights.ip_adapter.keys_values import BY_MASK, EACH, fuse, turned, weighted
+from ....weights.ip_adapter.keys_values import BY_MASK, EACH, fuse, sides_of, turned, weighted
 from ....weights.unet.presets import AWAY_FROM, LAYOUT, STYLE
 from .vision_output import features
 
 
 class Tokens:
     """Tokens for K (`keys`) and for V (`values`), by name; `notes` for the report, `counts` the references.
+
+    For an adapter whose tokens change with the time step there are `features` instead, those of the positive and of the
+    negative side. `values` are `keys` times `shares`, the weights of the tokens, (2, pictures, tokens, 1).
 
     Args:
         adapter: the IP-Adapter.
@@ -30,7 +34,7 @@ class Tokens:
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Adapter | DiTAdapter,
         used: set[str],
         style: list,
         layout: list,
@@ -42,6 +46,8 @@ class Tokens:
         self._empties = [getattr(output, "styleloom_empty", None) for output in (*style, *layout)]
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
+        self.shares: dict[str, torch.Tensor] = {}
+        self.features: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.counts: dict[str, int] = {}
         self.notes: list[str] = []
         away = {name: whose for whose, name in AWAY_FROM.items() if name in used}
@@ -75,18 +81,22 @@ class Tokens:
             short = [f"{n} {what}" for what, n in counts.items() if 1 < n < most]
             if short or 1 < count < most:
                 self.notes.append(f"{name}: the last of {', '.join(short)} is used again, up to {most}")
+        if self.adapter.kind == INSTANTX_SD3:
+            self.features[name] = sides_of(self.adapter, references, other, self.fusion, weights or None)
+            return
         made = fuse(self.adapter, references, other, self.fusion, weights or None)
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.keys[name] = made
         tokens = self.adapter.tokens or references.shape[1]
         self.values[name] = weighted(made, self.fusion, weights, tokens)
+        self.shares[name] = weighted(torch.ones_like(made[..., :1]), self.fusion, weights, tokens)
 
     def _other(self, references: torch.Tensor) -> torch.Tensor | None:
         """Features for the negative side. Without a negative, what the encoder sees in an empty picture stands in for
         it: it comes with any of the encodings that Encode Style Image made."""
         if self.negative is not None:
             return features(self.adapter, [self.negative], "negative")
-        if self.adapter.feature == "image_embeds":
+        if self.adapter.feature == "image_embeds" or isinstance(self.adapter, DiTAdapter):
             return None
         found = (empty for empty in self._empties if empty is not None and empty.shape[1:] == references.shape[1:])
         return next((empty.to(references) for empty in found), None)

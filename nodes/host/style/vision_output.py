@@ -17,8 +17,10 @@ import torch
 
 from ....weights.clip_space.towers import image_tower
 from ....weights.errors import StyleLoomError
+from ....weights.ip_adapter.dit_formats import DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
 from ..progress import Steps
+from .siglip_output import siglip_features
 from .squares import FITS, POSITIONS, masked, places, squares
 
 __all__ = ["FITS", "POSITIONS", "encode_picture", "features", "places", "sizes", "squares", "with_embeds"]
@@ -110,12 +112,14 @@ def sizes(output, name: str) -> tuple[int, int, int]:
     return hidden.shape[2], embeds.shape[1], hidden.shape[1]
 
 
-def features(adapter: Adapter, outputs: list, name: str) -> torch.Tensor:
+def features(adapter: Adapter | DiTAdapter, outputs: list, name: str) -> torch.Tensor:
     """What the adapter reads of encoded pictures, (pictures, …), on the device to compute on.
 
     Raises:
         StyleLoomError: encoded by another encoder than the adapter's; content subtracted where it cannot be seen.
     """
+    if isinstance(adapter, DiTAdapter) and adapter.feature != "image_embeds":
+        return siglip_features(adapter, outputs, name)
     for output in outputs:
         only = getattr(output, "styleloom_only", None)
         if only is not None and only == adapter.feature and getattr(output, only).shape[-1] == adapter.width:
