@@ -127,6 +127,7 @@ NEWER = {
     "StyleLoomAsymmetricCFGSampler": (2, {"positive_mask", "negative_mask"}),
     "StyleLoomContentSubtract": (0, {"content_pictures", "neutral_pictures"}),
     "StyleLoomEncodeStyleImage": (2, {"mask"}),
+    "StyleLoomLoadIPAdapter": (1, set()),
     "StyleLoomStyleBlockInjector": (3, set()),
 }
 

@@ -241,7 +241,7 @@ FIXTURES = sorted((ROOT / "tests" / "unit" / "workflows_of_ipadapter_plus").glob
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
-def test_the_host_accepts_a_converted_workflow(path, host):
+def test_the_host_accepts_a_converted_workflow(path, host, request):
     import execution
 
     prompt, words, left = load_convert().convert(json.loads(path.read_text(encoding="utf-8")))
@@ -255,6 +255,7 @@ def test_the_host_accepts_a_converted_workflow(path, host):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if not file.exists():
                     file.touch()
+                    request.addfinalizer(file.unlink)  # other tests look at what there is
     host.folder_paths.filename_list_cache.clear()
     valid, error, _, errors = asyncio.run(execution.validate_prompt("1", prompt, None))
     assert valid and not errors, (error, errors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import sys
 
 import pytest
 from run_module import ROOT, run
@@ -256,3 +257,36 @@ def test_a_workflow_without_the_pack_stays(command):
     assert made == data and left == 0 and "nothing was changed" in words
     inner = {"nodes": [], "links": [], "definitions": {"subgraphs": [{"nodes": [{"type": "IPAdapterAdvanced"}]}]}}
     assert "inside a subgraph" in command.convert(inner)[1] and command.convert(inner)[2] == 1
+
+
+JUNK = (None, 1, -1, "x", [], {}, [1], {"a": 1}, True)
+
+
+def places_in(value, before=()):
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield (*before, key)
+        yield from places_in(inner, (*before, key))
+
+
+@pytest.mark.parametrize("name", ["api_advanced", "editor_advanced"])
+def test_damaged_files_are_converted_or_refused_in_words(name, command):
+    """Everything in a file in turn, left out or another thing."""
+    whole_file = read(name)
+    unreadable = sys.modules[command.__name__.replace(".command", ".graph")].Unreadable
+    refused = 0
+    for number, place in enumerate(places_in(whole_file)):
+        data = copy.deepcopy(whole_file)
+        holder = data
+        for key in place[:-1]:
+            holder = holder[key]
+        if number % 3 == 0:
+            del holder[place[-1]]
+        else:
+            holder[place[-1]] = copy.deepcopy(JUNK[number % len(JUNK)])
+        try:
+            command.convert(data)
+        except unreadable as error:
+            refused += 1
+            assert "Expected: " in str(error) and "What to do: " in str(error)
+    assert refused

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from . import their_nodes as theirs
+from .check import faults
 from .graph import Graph, Unreadable
 from .rules import Conversion
 
@@ -27,6 +28,12 @@ def convert(data: dict, base: str | None = None) -> tuple[dict, str, int]:
         )
     if isinstance(data.get("prompt"), dict) and "nodes" not in data:
         data = data["prompt"]  # what is posted to /prompt
+    fault = next(faults(data), None)
+    if fault is not None:
+        raise Unreadable(
+            f"{fault}\nExpected: a workflow, saved by ComfyUI with Save or Export (API)\nWhat to do: save the workflow "
+            "again and convert that file."
+        )
     graph = Graph(data, theirs.NAMES)
     known = {*theirs.WIDGETS, *theirs.NONE}
     inner = sorted({n.get("type") for g in data.get("definitions", {}).get("subgraphs", []) for n in g.get("nodes", [])}

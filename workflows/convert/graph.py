@@ -46,11 +46,6 @@ class Graph:
 
     def _read_api(self) -> None:
         for key, raw in self.data.items():
-            if not isinstance(raw, dict) or "class_type" not in raw:
-                raise Unreadable(
-                    f"entry {key!r} is no node\nExpected: a workflow, saved by ComfyUI with Save or Export (API)"
-                    "\nWhat to do: save the workflow again and convert that file."
-                )
             node = Node(key, raw["class_type"], raw=raw, title=raw.get("_meta", {}).get("title", ""))
             for name, value in raw.get("inputs", {}).items():
                 if _is_link(value, self.data):
@@ -61,13 +56,13 @@ class Graph:
 
     def _read_editor(self, widgets: dict[str, tuple[str, ...]]) -> None:
         ends = {}
-        for link in self.data.get("links", []):
+        for link in self.data.get("links") or []:
             if isinstance(link, dict):
                 ends[link["id"]] = (link["origin_id"], link["origin_slot"])
             elif link:
                 ends[link[0]] = (link[1], link[2])
         for raw in self.data["nodes"]:
-            node = Node(raw["id"], raw["type"], raw=raw, mode=raw.get("mode", 0), title=raw.get("title", ""))
+            node = Node(raw["id"], raw["type"], raw=raw, mode=raw.get("mode", 0), title=raw.get("title") or "")
             pos = raw.get("pos", (0, 0))
             node.pos = (pos["0"], pos["1"]) if isinstance(pos, dict) else (pos[0], pos[1])
             given = raw.get("widgets_values") or []
@@ -148,10 +143,13 @@ class Graph:
     def _written_editor(self) -> dict:
         made = copy.deepcopy({key: value for key, value in self.data.items() if key not in ("nodes", "links")})
         raws = {node.id: copy.deepcopy(node.raw) if node.raw else _editor_node(node) for node in self.nodes.values()}
-        as_dicts = any(isinstance(link, dict) for link in self.data.get("links", []))
+        as_dicts = any(isinstance(link, dict) for link in (self.data.get("links") or []))
         links, goes, known = [], {}, {}
-        for link in self.data.get("links", []):
-            ends = [link[k] for k in ("id", "origin_id", "origin_slot", "target_id", "target_slot")] if as_dicts else link
+        names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        for link in self.data.get("links") or []:
+            if not link:
+                continue
+            ends = [link[name] for name in names[:5]] if as_dicts else link
             known[tuple(ends[1:5])] = ends[0]
         last = max([0, int(self.data.get("last_link_id", 0) or 0), *known.values()])
         for order, node in enumerate(self.nodes.values()):
@@ -166,9 +164,7 @@ class Graph:
                 if number is None:
                     last = number = last + 1
                 one["link"] = number
-                kind = raws[place[0]]["outputs"][place[1]]["type"]
-                ends = (number, *place, node.id, slot, kind)
-                names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+                ends = (number, *place, node.id, slot, _kind(raws[place[0]], place[1]))
                 links.append(dict(zip(names, ends)) if as_dicts else list(ends))
                 goes.setdefault(place, []).append(number)
         for key, raw in raws.items():
@@ -177,6 +173,12 @@ class Graph:
         made |= {"nodes": list(raws.values()), "links": links, "last_link_id": last}
         made["last_node_id"] = max([int(made.get("last_node_id", 0) or 0), *(k for k in raws if isinstance(k, int))])
         return made
+
+
+def _kind(raw: dict, slot) -> str:
+    """The type of an output; "*" where a file has a connection from one that is not there."""
+    outputs = raw.get("outputs") or []
+    return outputs[slot].get("type", "*") if isinstance(slot, int) and 0 <= slot < len(outputs) else "*"
 
 
 def _is_link(value, nodes: dict) -> bool:
