@@ -19,21 +19,35 @@ from ....weights.errors import StyleLoomError
 from .dit_attention import BlockReplacement, with_patch
 
 
-class _Queries:
-    """A patch that keeps the block's queries, (rows, heads, tokens, width of a head)."""
+class _Seen:
+    """A patch that makes the picture's part as soon as the block has its queries, (rows, heads, tokens, width of a
+    head): what comes after it, rope or a kernel, may write into them.
 
-    def __init__(self):
-        self.q: torch.Tensor | None = None
+    Args:
+        all_tokens: also for the text, else for the picture that is made alone.
+    """
+
+    def __init__(self, block: BlockReplacement, all_tokens: bool):
+        self.block, self.all_tokens = block, all_tokens
+        self.first, self.image = 0, None
 
     def __call__(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
-        self.q = q
+        call, text = self.block.call, extra_options["img_slice"][0]
+        self.first = 0 if self.all_tokens else text
+        image = call.attend(self.block.layer, q[:, :, self.first : text + call.target], extra_options)
+        share = call.share(image)
+        if share is not None:
+            if self.first < text:
+                share = torch.cat([share.mean(1, keepdim=True).expand(-1, text, -1), share], dim=1)
+            image = image * share
+        self.image = image
         return {}
 
     def taken(self) -> torch.Tensor:
-        q, self.q = self.q, None
-        if q is None:
+        image, self.image = self.image, None
+        if image is None:
             raise _no_patches()
-        return q
+        return image
 
 
 def _no_patches() -> StyleLoomError:
@@ -55,34 +69,20 @@ def _added(to: torch.Tensor, first: int, what: torch.Tensor) -> torch.Tensor:
 
 class XLabsBlock(BlockReplacement):
     def run(self, original: Callable, args: dict) -> dict:
-        queries = _Queries()
-        options = with_patch(args["transformer_options"], attn1_patch=queries)
-        out = original({**args, "transformer_options": options})
-        text = out["txt"].shape[1]
-        q = queries.taken()[:, :, text : text + self.call.target]
-        image = self.call.attend(self.layer, q, args["transformer_options"])
-        share = self.call.share(image)
-        return {**out, "img": _added(out["img"], 0, image if share is None else image * share)}
+        seen = _Seen(self, False)
+        out = original({**args, "transformer_options": with_patch(args["transformer_options"], attn1_patch=seen)})
+        return {**out, "img": _added(out["img"], 0, seen.taken())}
 
 
 class InstantXBlock(BlockReplacement):
     def run(self, original: Callable, args: dict) -> dict:
-        queries, done = _Queries(), []
+        seen, done = _Seen(self, self.layer[0] == "single"), []
 
         def add(attn: torch.Tensor, extra_options: dict) -> torch.Tensor:
-            q, target = queries.taken(), self.call.target
-            text = extra_options["img_slice"][0]
-            first = 0 if self.layer[0] == "single" else text
-            image = self.call.attend(self.layer, q[:, :, first : text + target], extra_options)
-            share = self.call.share(image)
-            if share is not None:
-                if first < text:
-                    share = torch.cat([share.mean(1, keepdim=True).expand(-1, text - first, -1), share], dim=1)
-                image = image * share
             done.append(True)
-            return _added(attn, first, image)
+            return _added(attn, seen.first, seen.taken())
 
-        options = with_patch(args["transformer_options"], attn1_patch=queries, attn1_output_patch=add)
+        options = with_patch(args["transformer_options"], attn1_patch=seen, attn1_output_patch=add)
         out = original({**args, "transformer_options": options})
         if not done:
             raise _no_patches()
