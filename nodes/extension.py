@@ -14,6 +14,7 @@ from .lora_blocks import LoRABlockFilter
 from .lora_files import ApplyLoRA, LoadLoRA, SaveLoRA
 from .lora_stack import LoRAStackNode
 from .merge_loras import MergeLoRAs
+from .redux_blocks import ReduxByBlocks
 from .style_blocks import EncodeStyleImage, LoadIPAdapter, StyleBlockInjector
 from .style_encodings import LoadStyleEncoding, SaveStyleEncoding
 from .style_helpers import NoiseNegative, StyleWeights
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadIPAdapter,
     EncodeStyleImage,
     StyleBlockInjector,
+    ReduxByBlocks,
     ContentSubtract,
     StyleWeights,
     NoiseNegative,

@@ -1,4 +1,4 @@
-"""What Style Block Injector says that it did: kind of adapter, encoder, layers, references, what was repeated."""
+"""What Style Block Injector and Redux by Blocks say that they did: kind of adapter, encoder, layers, references, what was repeated."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ....weights.dit.style_blocks import DiTArchitecture
 from ....weights.ip_adapter.dit_formats import DiTAdapter
 from ....weights.ip_adapter.formats import Adapter
 from ....weights.ip_adapter.keys_values import EACH
-from ....weights.unet.architecture import Architecture, Layer
-from ....weights.unet.presets import AWAY_FROM
+from ....weights.unet.architecture import Architecture, Block, Layer
+from ....weights.unet.presets import AWAY_FROM, CUSTOM
 
 
 def injection_report(
@@ -49,6 +49,22 @@ def injection_report(
     if fusion == EACH and any(count > 1 for count in counts.values()):
         lines.append("  where the batch is longer, the last is used again; where it is shorter, the rest is not used")
     return "\n".join([*lines, *settings, *(f"note: {note}" for note in notes)])
+
+
+def redux_report(preset: str, seen: Mapping[Block, float], tokens: int, pictures: int, written: bool) -> str:
+    """What Redux by Blocks says. seen: block -> strength; written: whether block_weights has a text."""
+    by_strength: dict[float, list[str]] = {}
+    for (kind, i), strength in seen.items():
+        by_strength.setdefault(strength, []).append(f"{kind} {i}")
+    hidden = by_strength.pop(0.0, [])
+    lines = [f"Redux: {tokens} tokens of {pictures} picture{'s' * (pictures > 1)} behind the text"]
+    lines.append(f"preset {preset}: seen in {len(seen) - len(hidden)} of {len(seen)} blocks")
+    lines += [f"  at {strength:.4g}: {', '.join(_in_ranges(names))}" for strength, names in by_strength.items()]
+    if hidden:
+        lines.append(f"  not at all: {', '.join(_in_ranges(hidden))}")
+    if written and preset != CUSTOM:
+        lines.append(f"note: block_weights count only in preset {CUSTOM}; preset is {preset}")
+    return "\n".join(lines)
 
 
 def _in_ranges(names: Sequence[str]) -> list[str]:
