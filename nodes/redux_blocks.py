@@ -60,7 +60,8 @@ class ReduxByBlocks(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="A clone that restricts the picture, for the sampler. Use both outputs."
+                    display_name="model",
+                    tooltip="A clone that restricts the picture, for the sampler. Use both outputs.",
                 ),
                 io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the picture behind it."),
                 io.String.Output(display_name="report", tooltip="How many tokens, and which blocks see them."),

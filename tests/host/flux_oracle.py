@@ -12,9 +12,9 @@ import math
 import torch
 
 
-def attention(q, k, v):
-    """softmax(QK'/sqrt(d))V, (rows, heads, n, d) each -> (rows, n, heads · d)."""
-    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+def attention(q, k, v, bias=0.0):
+    """softmax(QK'/sqrt(d) + bias)V, (rows, heads, n, d) each -> (rows, n, heads · d)."""
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias, dim=-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -57,11 +57,13 @@ def _ids(x, index):
     return torch.stack([torch.full((h * w,), index), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)], 1)
 
 
-def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None, end=None):
+def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None, end=None, bias=None):
     """The net's output. add: (kind, number, queries, tokens of text) -> (rows, n, width) or None; with at "end" for
-    the picture's queries, else for all. end: a second one, for the end of double blocks."""
+    the picture's queries, else for all. end: a second one, for the end of double blocks. bias: (kind, number) -> what is
+    added to the scores, (rows, 1, n, n)."""
     net, heads, params = copy.deepcopy(flux).double(), flux.num_heads, flux.params
     add = add or (lambda *_: None)
+    bias = bias or (lambda *_: 0.0)
     img, ids = _patches(x), _ids(x, 0)
     if reference is not None:
         img, ids = torch.cat([img, _patches(reference)], 1), torch.cat([ids, _ids(reference, 1)])
@@ -81,7 +83,7 @@ def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None
         qkv = _qkv(block.img_attn.qkv(_norm(img) * (1 + b) + a), block.img_attn.norm, heads)
         text = _qkv(block.txt_attn.qkv(_norm(txt) * (1 + tb) + ta), block.txt_attn.norm, heads)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, qkv))
-        attn = attention(rope(q), rope(k), v)
+        attn = attention(rope(q), rope(k), v, bias("double", i))
         more = add("double", i, q, n)
         if more is not None and at == "attention":
             attn = attn + more
@@ -98,7 +100,7 @@ def forward(flux, x, t, context, y, guidance, add=None, at="end", reference=None
         wide = block.linear1(_norm(both) * (1 + b) + a)
         fused, mlp = wide.split([3 * flux.hidden_size, wide.shape[-1] - 3 * flux.hidden_size], dim=-1)
         q, k, v = _qkv(fused, block.norm, heads)
-        attn = attention(rope(q), rope(k), v)
+        attn = attention(rope(q), rope(k), v, bias("single", i))
         more = add("single", i, q, n)
         if more is not None:
             attn = attn + more

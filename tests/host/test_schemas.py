@@ -123,6 +123,13 @@ API = {
          ("fusion", "COMBO", OPTIONAL), ("block_weights", "STRING", OPTIONAL)],
         [("model", "MODEL"), ("report", "STRING")],
     ),
+    "StyleLoomReduxBlocks": (
+        "Redux by Blocks",
+        [("model", "MODEL", REQUIRED), ("conditioning", "CONDITIONING", REQUIRED),
+         ("style_model", "STYLE_MODEL", REQUIRED), ("clip_vision_output", "CLIP_VISION_OUTPUT", REQUIRED),
+         ("strength", "FLOAT", REQUIRED), ("preset", "COMBO", REQUIRED), ("block_weights", "STRING", OPTIONAL)],
+        [("model", "MODEL"), ("conditioning", "CONDITIONING"), ("report", "STRING")],
+    ),
     "StyleLoomStyleWeights": (
         "Style Weights",
         [("weights", "STRING", REQUIRED), ("timing", "COMBO", REQUIRED), ("frames", "INT", REQUIRED)],

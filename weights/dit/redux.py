@@ -108,7 +108,7 @@ def widened(mask: torch.Tensor, text: int, more: int) -> torch.Tensor:
         (rows, n + more, n + more) in float16, the host's dtype for it.
     """
     n = mask.shape[-1]
-    open_ = torch.zeros(len(mask), n + more, n + more, dtype=torch.float16, device=mask.device)
+    out = torch.zeros(len(mask), n + more, n + more, dtype=torch.float16, device=mask.device)
     place = torch.cat([torch.arange(text), torch.arange(text, n) + more]).to(mask.device)
-    open_[:, place[:, None], place] = with_bias(mask, torch.zeros(1, 1, 1, dtype=torch.float16)).to(torch.float16)
-    return open_
+    out[:, place[:, None], place] = with_bias(mask, torch.zeros(1, 1, 1, dtype=torch.float16)).to(torch.float16)
+    return out

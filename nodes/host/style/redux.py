@@ -96,7 +96,7 @@ def append(conditioning, tokens: torch.Tensor) -> list:
         if "attention_mask" in extra:
             extra["attention_mask"] = redux.widened(extra["attention_mask"], text.shape[1], len(tokens))
             extra["attention_mask_img_shape"] = extra.get("attention_mask_img_shape", (1, 1))
-        made.append([torch.cat([text, tokens.expand(len(text), -1, -1)], dim=1), extra])
+        made.append([torch.cat([text, tokens.to(text.device).expand(len(text), -1, -1)], dim=1), extra])
     return made
 
 

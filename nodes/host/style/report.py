@@ -1,4 +1,5 @@
-"""What Style Block Injector and Redux by Blocks say that they did: kind of adapter, encoder, layers, references, what was repeated."""
+"""What Style Block Injector says that it did: kind of adapter, encoder, layers, references, what was repeated; and what
+Redux by Blocks does."""
 
 from __future__ import annotations
 
