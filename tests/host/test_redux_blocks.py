@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(host, kit, apply, models, encode, pictures
     for words, make in (
         ("model is SDXL", lambda: apply(model=models["sdxl"][0])),
         ("2 double, 38 single", lambda: apply(model=kit.dit_models.flux1_small(depth=2))),
-        ("patches of width 32", lambda: apply(picture=encode(1))),
+        ("patches of width 64", lambda: apply(picture=encode(1))),
         ("Content Subtract", lambda: apply(picture=subtracted)),
         ("tokens of width 32", lambda: apply(style_model=wide)),
         ("block_weights is empty", lambda: apply("custom")),
