@@ -243,6 +243,8 @@ def test_what_does_not_fit_is_refused(host, kit, apply, models, encode, pictures
     compiled, made, _ = apply("style")
     kind = host.comfy.patcher_extension.WrappersMP.APPLY_MODEL
     compiled.add_wrapper_with_key(kind, "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    shorter = apply("style")[0]
+    shorter.set_model_patch(lambda d: {**d, "txt": d["txt"][:, 1:], "txt_ids": d["txt_ids"][:, 1:]}, "post_input")
     for words, make in (
         ("model is SDXL", lambda: apply(model=models["sdxl"][0])),
         ("2 double, 38 single", lambda: apply(model=kit.dit_models.flux1_small(depth=2))),
@@ -253,6 +255,7 @@ def test_what_does_not_fit_is_refused(host, kit, apply, models, encode, pictures
         ("less than nothing", lambda: apply("custom", block_weights="single 3: -1")),
         ("preset is precise", lambda: apply("precise style")),
         ("model is compiled", lambda: call(compiled, made[0][0])),
+        ("20 tokens of text", lambda: call(shorter, made[0][0])),
     ):
         with pytest.raises(ValueError, match=words) as error:
             make()
