@@ -164,7 +164,7 @@ class Progress:
 
 
 def _remember_failures(before: dict, summaries: list[dict]) -> None:
-    """Writes what --lf reads: the process that ends last has written only what it knows itself."""
+    """Writes what --lf reads; the processes leave it to this."""
     good = {test for summary in summaries for test in summary.get("good", ())}
     bad = {test for summary in summaries for test in summary.get("bad", ())}
     failed = {test: True for test in sorted({*before, *bad} - (good - bad))}

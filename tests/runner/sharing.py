@@ -115,6 +115,12 @@ class Share:
             name = next_name
         return True
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """What failed last is written once, for all processes (see parts.py): a process that ends before another has
+        begun would otherwise take from it what --lf is to run. By this name pytest knows that it is one of several."""
+        session.config.workerinput = {}
+
 
 def run(session: pytest.Session, item: pytest.Item, following: pytest.Item | None) -> None:
     """One test, as pytest's own loop runs it."""

@@ -40,6 +40,18 @@ WAITS = """import time; end = time.monotonic() + 60
         assert time.monotonic() < end; time.sleep(0.02)"""
 
 
+# One of the two processes begins when the other has run what failed before, and has most likely ended.
+BEGINS_LATE = """import os, time
+try:
+    os.close(os.open("one", os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    end = time.monotonic() + 60
+    while "test_b" not in open("ran").read() and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.7)
+"""
+
+
 def test_each_file_runs_once_and_neither_process_waits_for_the_other(suite, tmp_path, capfd):
     """The live file is the second's; the second then goes on with the last one, while the first is busy."""
     bodies = {"test_a": WAITS, "test_b": "assert 0, 'gr\u00fcn'", "test_c": "pass", "live/test_d": "pass"}
@@ -55,6 +67,7 @@ def test_each_file_runs_once_and_neither_process_waits_for_the_other(suite, tmp_
     failed = json.loads((tmp_path / parts.LAST_FAILED).read_text())
     assert failed == {"test_b.py::test_test_b": True}
 
+    (tmp_path / "conftest.py").write_text(BEGINS_LATE)
     status, ran = suite({"test_b": "pass"}, "--lf")
     assert status == 0 and [name for name, _ in ran] == ["test_b"] and json.loads((tmp_path / parts.LAST_FAILED).read_text()) == {}
 
