@@ -8,6 +8,7 @@ the block itself, and works on the block inside it: a node that leaves a block o
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -87,7 +88,7 @@ class DiTStyle(StyleAttention):
         return run({**options, "patches_replace": {**replace, "dit": dit}})
 
 
-class BlockReplacement:
+class BlockReplacement(ABC):
     """One block's replacement. What was there before runs around it."""
 
     def __init__(self, call: DiTCall, layer: Layer, before: Callable | None):
@@ -97,9 +98,9 @@ class BlockReplacement:
         own = functools.partial(self.run, extra["original_block"])
         return own(args) if self.before is None else self.before(args, {**extra, "original_block": own})
 
+    @abstractmethod
     def run(self, original: Callable, args: dict) -> dict:
         """The block itself, with the picture added."""
-        raise NotImplementedError
 
 
 def with_patch(options: Mapping, **patches: Callable) -> dict:
