@@ -213,6 +213,29 @@ def test_masks_that_cover_all_or_nothing(benches, distance):
     assert distance(sample(mask=0 * ones), bench.asymmetric(positive_lora=last)) < BOUND
 
 
+def test_inpainting_a_picture_that_is_there(benches, distance):
+    """A noise mask and a denoise below 1 change nothing of where a LoRA acts; what is not painted stays."""
+    bench = benches("flux2")
+    lora, latent = bench.lora(1), bench.latent()
+    shape = latent["samples"].shape
+    latent["samples"] = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    latent["noise_mask"] = torch.zeros(1, 1, *shape[-2:])
+    latent["noise_mask"][..., : shape[-1] // 2] = 1
+
+    def paint(**loras):
+        return bench.run(
+            "StyleLoomAsymmetricCFGSampler", model=bench.model, positive=bench.positive, negative=bench.negative, seed=5,
+            latent_image=latent, steps=3, cfg=3.5, sampler_name="euler", scheduler="simple", denoise=0.6, **loras,
+        )[0]["samples"]  # fmt: skip
+
+    without, ones = paint(), torch.ones(1, 8, 8)
+    whole = paint(positive_lora=stack(bench, lora, mask=ones, text_tokens="whole"))
+    assert distance(whole, paint(positive_lora=stack(bench, lora))) < BOUND < distance(whole, without)
+    assert distance(paint(positive_lora=stack(bench, lora, mask=0 * ones)), without) < BOUND
+    kept = latent["noise_mask"].expand(shape) == 0
+    assert torch.equal(whole[kept], without[kept])
+
+
 def test_masks_multiply(bench, distance):
     lora, one, two = bench.lora(1), picture_mask(bench, 1), torch.ones(1, 64, 96)
     two[:, :, :48] = 0
